@@ -1,0 +1,1 @@
+"""How a generator learns: supervised fine-tuning, rewards, online RL."""

@@ -1,0 +1,1 @@
+"""Picture codecs, any-to-any models and their samplers."""

@@ -1,0 +1,1 @@
+"""Wiring only: one Prefect flow a verb, the recipes, and the ``couturier`` command line."""
