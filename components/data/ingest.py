@@ -8,7 +8,6 @@ ingest.json in the workspace ◀────────────┘  what wa
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 from couturier.components.data import adapter_complete_journey
 from couturier.components.data.formats import EVENT_COLUMNS, EVENTS, ITEMS, META, PICTURES, USERS
 from couturier.components.data.raw import PICTURE_SCHEMA, Config, RawTables
+from couturier.components.data.versioning import md5_of_file
 from couturier.components.errors import ConfigError, DataError
 from couturier.components.files import read_json, sha256_of_json, write_json, written_beside
 from couturier.components.lineage.sources import source_digests
@@ -77,7 +77,7 @@ def ingest(adapter: str, settings: Config, workspace: Workspace, progress: Progr
         "adapter": adapter,
         "rows": rows,
         "bytes": sum(path.stat().st_size for path in paths.values()),
-        "md5": {name: _md5(path) for name, path in paths.items()},
+        "md5": {name: md5_of_file(path) for name, path in paths.items()},
         "attributes": list(raw.meta["attributes"]),
         "warnings": list(raw.meta.get("warnings", [])),
     }
@@ -127,7 +127,7 @@ def _still_there(workspace: Workspace, key: str) -> dict[str, Any] | None:
         return None
     if not workspace.data.is_dir() or sorted(path.name for path in workspace.data.iterdir()) != sorted(FILES):
         return None
-    if any(_md5(workspace.data / name) != md5 for name, md5 in last["facts"]["md5"].items()):
+    if any(md5_of_file(workspace.data / name) != md5 for name, md5 in last["facts"]["md5"].items()):
         return None
     facts: dict[str, Any] = last["facts"]
     return facts
@@ -140,11 +140,6 @@ def _states(inputs: tuple[Path, ...]) -> dict[str, list[int] | None]:
         seen = path.stat() if path.exists() else None
         states[str(path.resolve())] = [seen.st_size, seen.st_mtime_ns] if seen else None
     return states
-
-
-def _md5(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def _refuse_foreign_files(folder: Path) -> None:

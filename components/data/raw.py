@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 PICTURE_SCHEMA = {
@@ -73,6 +74,19 @@ def sampled_users(user_ids: pl.Series, count: int) -> pl.Series:
         return distinct
     by_hash = sorted(distinct.to_list(), key=lambda user: hashlib.sha256(user.encode()).digest())
     return pl.Series(distinct.name, by_hash[:count], dtype=pl.String).sort()
+
+
+def picture_rows(item_ids: list[str], rgb_IHWC: np.ndarray) -> pl.DataFrame:
+    """Rows of ``pictures.parquet`` for pictures uint8 ``[I, H, W, 3]``, one an item."""
+    count, height, width, _ = rgb_IHWC.shape
+    columns = {
+        "item_id": item_ids,
+        "height": [height] * count,
+        "width": [width] * count,
+        "rgb": [picture.tobytes() for picture in rgb_IHWC],
+        "error": [None] * count,
+    }
+    return pl.DataFrame(columns, schema=PICTURE_SCHEMA)
 
 
 def no_pictures(item_ids: list[str], errors: list[str]) -> pl.DataFrame:
