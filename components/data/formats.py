@@ -31,7 +31,7 @@ EVENT_COLUMNS = {
     "kind": pl.String,
     "value": pl.Float64,
 }
-SPLITS = ("train", "valid", "test")
+SPLITS = ("train", "valid", "test", "latest")  # latest: every user at the end of the log, no target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ class Windows:
 
     @classmethod
     def load(cls, folder: Path, split: str) -> Windows:
-        """The windows of ``train``, ``valid`` or ``test`` from a ``sequences`` artifact."""
+        """The windows of one split from a ``sequences`` artifact; ``latest`` has one window a user and empty baskets."""
         if split not in SPLITS:
             raise DataError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}.")
         return cls(users=read_json(folder / f"users-{split}.json"), **load_file(folder / f"windows-{split}.safetensors"))

@@ -1,0 +1,183 @@
+"""The prompt: a person's items as pictures and words, closed by the begin-of-image token.
+
+    <bos> User  [picture] words  [picture] words  …  Assistant <boi>   →  codes of the next picture
+
+One form for every size of model; a tiny model gets a word-level tokenizer made from the catalogue, a published one
+brings its own. Picture positions hold the placeholder id and are overwritten with understanding features: history
+pictures never enter as codes. The unconditional row replaces everything between the first and the last token by pad
+and keeps the length (generation.md 1.5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from couturier.components.data.formats import Catalogue
+from couturier.components.errors import ConfigError
+from couturier.components.files import read_json, write_json
+
+SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+PICTURE, BEGIN_OF_IMAGE, USER, ASSISTANT = "<image_placeholder>", "<begin_of_image>", "User", "Assistant"
+
+
+def describe(catalogue: Catalogue) -> list[str]:
+    """The words of every item, phrases parted by ``, ``: first attribute, then the short ones together; else the title.
+
+    Example: ``"SOFT DRINKS, National low"``.
+    """
+    names = [name for name in catalogue.attributes if name != "department"]
+    if not names:
+        return catalogue.items["title"].fill_null("").to_list()
+    head, rest = names[0], names[1:]
+    lines = []
+    for row in catalogue.items.select(names).iter_rows(named=True):
+        tail = " ".join(str(row[name]) for name in rest if row[name] is not None)
+        phrases = [str(row[head] or "unknown").replace(",", " "), tail.replace(",", " ")]
+        lines.append(", ".join(phrase for phrase in phrases if phrase))
+    return lines
+
+
+def word_tokenizer(lines: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over phrases parted by commas; one phrase is one token."""
+    phrases = sorted({phrase.strip() for line in lines for phrase in line.split(", ")})
+    names = [*SPECIAL.values(), PICTURE, BEGIN_OF_IMAGE, USER, ASSISTANT]
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys([*names, *phrases]))}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=SPECIAL["unk_token"]))
+    tokenizer.pre_tokenizer = Split(Regex(", "), behavior="removed")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
+    fast.add_special_tokens({"additional_special_tokens": [PICTURE, BEGIN_OF_IMAGE]})
+    return fast
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """A batch of prompts. ids_UP int64, left-padded; item_UP: catalogue index at picture positions, else -1;
+    mask_UP True where a token counts; position_UP int64 counts from each row's first token."""
+
+    ids_UP: Tensor
+    item_UP: Tensor
+    mask_UP: Tensor
+    position_UP: Tensor
+
+    def unconditional(self, pad_id: int) -> Prompts:
+        """The same lengths with nothing but pad between the first and the last token; pads count as tokens here."""
+        last = self.ids_UP.shape[1] - 1
+        first_U = self.mask_UP.long().argmax(1)
+        column = torch.arange(last + 1)[None]
+        middle_UP = (column > first_U[:, None]) & (column < last)
+        return Prompts(
+            ids_UP=self.ids_UP.masked_fill(middle_UP, pad_id),
+            item_UP=torch.full_like(self.item_UP, -1),
+            mask_UP=self.mask_UP,
+            position_UP=self.position_UP,
+        )
+
+    def where(self, keep_U: Tensor, other: Prompts) -> Prompts:
+        """Row by row: this one where ``keep_U``, else ``other`` (same shapes)."""
+        k = keep_U[:, None]
+        return Prompts(
+            ids_UP=torch.where(k, self.ids_UP, other.ids_UP),
+            item_UP=torch.where(k, self.item_UP, other.item_UP),
+            mask_UP=torch.where(k, self.mask_UP, other.mask_UP),
+            position_UP=torch.where(k, self.position_UP, other.position_UP),
+        )
+
+
+class PromptBuilder:
+    """Turns histories (item indices) into :class:`Prompts`.
+
+    Args:
+        tokenizer: of the model.
+        lines: the words of each catalogue item, from :func:`describe`.
+        picture_tokens: placeholder tokens a history picture takes.
+        history: items of a history that are shown, the first ones given.
+        max_words: tokens an item's words may take; the rest is cut.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        lines: Sequence[str],
+        *,
+        picture_tokens: int,
+        history: int,
+        max_words: int,
+    ) -> None:
+        self.tokenizer, self.lines = tokenizer, list(lines)
+        self.picture_tokens, self.history, self.max_words = picture_tokens, history, max_words
+        self.picture_id = _id_of(tokenizer, PICTURE)
+        self.pad_id = int(tokenizer.pad_token_id)
+        words = tokenizer(self.lines, add_special_tokens=False)["input_ids"] if lines else []
+        slots = [[self.picture_id] * picture_tokens + ids[:max_words] for ids in words]
+        self._length_I = np.array([len(slot) for slot in slots], np.int64)
+        width = max(self._length_I, default=1)
+        self._slot_IT = np.full((len(slots), width), self.pad_id, np.int64)
+        for row, slot in zip(self._slot_IT, slots, strict=True):
+            row[: len(slot)] = slot
+        self._head = [int(tokenizer.bos_token_id), *_ids_of(tokenizer, USER)]
+        self._tail = [*_ids_of(tokenizer, ASSISTANT), _id_of(tokenizer, BEGIN_OF_IMAGE)]
+
+    def build(self, favourites_UK: np.ndarray | Tensor) -> Prompts:
+        """Histories int ``[U, K]`` (-1: nothing; the first ``history`` items are shown) → prompts.
+
+        Raises:
+            ConfigError: an item index outside the catalogue.
+        """
+        favourites = np.asarray(favourites_UK)[:, : self.history]
+        if favourites.size and int(favourites.max()) >= len(self.lines):
+            raise ConfigError(f"item index {int(favourites.max())} is outside the catalogue of {len(self.lines)} items.")
+        rows, items = [], []
+        column = np.arange(self._slot_IT.shape[1])
+        for history in favourites:
+            known = history[history >= 0]
+            keep = column[None] < self._length_I[known][:, None]
+            tokens = self._slot_IT[known]
+            owner = np.where(tokens == self.picture_id, known[:, None], -1)
+            rows.append(np.concatenate([self._head, tokens[keep], self._tail]))
+            items.append(np.concatenate([np.full(len(self._head), -1), owner[keep], np.full(len(self._tail), -1)]))
+        width = max(len(row) for row in rows)
+        ids = np.full((len(rows), width), self.pad_id, np.int64)
+        owners = np.full((len(rows), width), -1, np.int64)
+        mask = np.zeros((len(rows), width), bool)
+        for i, (row, owner_row) in enumerate(zip(rows, items, strict=True)):
+            ids[i, width - len(row) :] = row
+            owners[i, width - len(row) :] = owner_row
+            mask[i, width - len(row) :] = True
+        mask_UP = torch.from_numpy(mask)
+        return Prompts(
+            ids_UP=torch.from_numpy(ids),
+            item_UP=torch.from_numpy(owners),
+            mask_UP=mask_UP,
+            position_UP=(mask_UP.long().cumsum(1) - 1).clamp_min(0),
+        )
+
+    def save(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+        facts = {"picture_tokens": self.picture_tokens, "history": self.history, "max_words": self.max_words}
+        write_json(folder / "prompt.json", facts | {"lines": self.lines})
+
+    @classmethod
+    def load(cls, folder: Path, tokenizer: PreTrainedTokenizerBase) -> PromptBuilder:
+        facts = read_json(folder / "prompt.json")
+        return cls(tokenizer, facts.pop("lines"), **facts)
+
+
+def _id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    found = tokenizer.convert_tokens_to_ids(token)
+    if found is None or found == tokenizer.unk_token_id:
+        raise ConfigError(f"the tokenizer has no token {token!r}; the folder must hold a Janus tokenizer.")
+    return int(found)
+
+
+def _ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
