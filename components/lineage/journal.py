@@ -163,6 +163,14 @@ class Journal:
             rows = connection.execute(query, (*values, -1 if limit is None else limit)).fetchall() if connection else []
         return [_entry(row) for row in rows]
 
+    def entry(self, number: int) -> Entry | None:
+        """The row of that number, or None."""
+        with self._reading() as connection:
+            if connection is None:
+                return None
+            row = connection.execute(f"SELECT {_COLUMNS} FROM journal WHERE number = ?", (number,)).fetchone()
+        return None if row is None else _entry(row)
+
     def aliases(self) -> dict[str, int]:
         """Where every alias must point: the registry's aliases are a projection of the journal."""
         for entry in self.history(_SETTLED, limit=1):
