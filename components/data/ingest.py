@@ -16,7 +16,7 @@ from typing import Any
 import polars as pl
 import pyarrow.parquet as pq
 
-from couturier.components.data import adapter_complete_journey
+from couturier.components.data import adapter_complete_journey, adapter_files
 from couturier.components.data.formats import EVENT_COLUMNS, EVENTS, ITEMS, META, PICTURES, USERS
 from couturier.components.data.raw import PICTURE_SCHEMA, Config, RawTables
 from couturier.components.data.versioning import md5_of_file
@@ -30,6 +30,7 @@ __all__ = ["ADAPTERS", "FILES", "Config", "RawTables", "ingest"]
 
 ADAPTERS: dict[str, Callable[[Config], RawTables]] = {
     "complete-journey": adapter_complete_journey.load,
+    "files": adapter_files.load,
 }
 FILES = (EVENTS, ITEMS, PICTURES, USERS, META)
 # Another release of one of these may read, draw or write other bytes.
@@ -182,7 +183,7 @@ def _check_tables(raw: RawTables) -> None:
 
 
 def _write_parquet(frame: pl.DataFrame, path: Path) -> None:
-    """One thread, one order of rows, fixed row groups and compression, no times: the same frame gives the same bytes."""
+    """One thread, one order of rows, fixed row groups and compression, no times: equal frames give equal bytes."""
     table = frame.rechunk().to_arrow(compat_level=pl.CompatLevel.oldest())
     with written_beside(path) as beside:
         pq.write_table(table, beside, row_group_size=_ROW_GROUP, compression="zstd", compression_level=6)

@@ -34,7 +34,7 @@ class Config:
     max_users: int = 0
     """Keep this many users, drawn by the hash of their ids, the same ones everywhere; 0 keeps all."""
     folder: str = ""
-    """``complete-journey``, ``movielens``: a folder with the data set's own files; empty finds the installed package."""
+    """``complete-journey``, ``movielens``: a folder with the data set's files; empty finds the installed package."""
     events: str = ""
     """``files``: the events table (.parquet, .csv, .jsonl)."""
     items: str = ""
@@ -43,6 +43,8 @@ class Config:
     """``files``: a users table with ``user_id`` and any text columns; empty makes one from the events."""
     pictures: str = ""
     """``files``: the folder that picture paths are relative to; empty means the folder of the items table."""
+    attribution: str = ""
+    """``files``: the credit line to show wherever the pictures are shown."""
     session_gap_minutes: float = 30.0
     """``files``, ``movielens``: events of one user closer than this form one group where no group_id is given."""
 

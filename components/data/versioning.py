@@ -166,7 +166,7 @@ def _repository(workspace: Workspace, doing: str, remote: str = "") -> Iterator[
         with Repo(str(workspace.project), config=_overrides(workspace, remote)) as repo:
             yield repo
     except (DvcException, SCMError) as error:
-        raise LineageError(f"{doing} failed: {error}") from error
+        raise LineageError(f"{doing} failed: {' '.join(str(error).split())}") from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
