@@ -1,0 +1,31 @@
+"""No library of ours phones home: every switch that keeps them quiet and offline, in one place.
+
+Called before anything heavy is imported (the command line, the tests, the service). A value that the environment
+already holds wins, so ``HF_HUB_OFFLINE=0 couturier retrain --recipe janus_pro_1b`` may reach a hub.
+"""
+
+from __future__ import annotations
+
+import os
+
+SWITCHES = {
+    "BENTOML_DO_NOT_TRACK": "True",
+    "DO_NOT_TRACK": "1",
+    "DVC_NO_ANALYTICS": "1",
+    "GX_ANALYTICS_ENABLED": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_OFFLINE": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Not telemetry, but noise: a warning on each fork, and one where git is absent.
+    "GIT_PYTHON_REFRESH": "quiet",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def quiet_environment() -> None:
+    """Set each of :data:`SWITCHES` that the environment does not hold yet."""
+    for name, value in SWITCHES.items():
+        os.environ.setdefault(name, value)
