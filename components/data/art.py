@@ -18,37 +18,89 @@ DEPARTMENT_COLOURS: dict[str, str] = {
     "GROCERY": "#f7e3b5",
     "DRUG GM": "#bcd6f5",
     "PRODUCE": "#b9e3a8",
-    "MEAT-PCKGD": "#f2b8a8",
-    "MEAT": "#e89aa0",
+    "MEAT-PCKGD": "#eb9c7e",
+    "MEAT": "#f4cdd0",
     "DELI": "#f5c987",
-    "PASTRY": "#f7cfe4",
+    "PASTRY": "#f7b6e2",
     "NUTRITION": "#a5d6c2",
-    "SEAFOOD-PCKGD": "#8ec7dd",
-    "SEAFOOD": "#7fb2e0",
+    "SEAFOOD-PCKGD": "#8fd0e6",
+    "SEAFOOD": "#5b8fd0",
     "SALAD BAR": "#d3e77a",
-    "COSMETICS": "#dcb5ea",
-    "FLORAL": "#f4f0a0",
+    "COSMETICS": "#cb9cf0",
+    "FLORAL": "#f5f283",
     "SPIRITS": "#b79ad0",
     "GARDEN CENTER": "#8fc98f",
     "RESTAURANT": "#d9b48f",
-    "CHEF SHOPPE": "#e3d4c1",
-    "TRAVEL & LEISURE": "#9fe3e0",
+    "CHEF SHOPPE": "#ded2ff",
+    "TRAVEL & LEISURE": "#5fd8c8",
     "FROZEN GROCERY": "#d5ecf7",
     "MISCELLANEOUS": "#cfcfcf",
     "FUEL": "#a8a8b0",
-    "COUPON": "#f0f0f0",
-    "GM MERCH EXP": "#b5bfa0",
-    "AUTOMOTIVE": "#97a3b8",
+    "COUPON": "#fcfcfc",
+    "GM MERCH EXP": "#8f9a6a",
+    "AUTOMOTIVE": "#6f83a8",
     "PHOTO & VIDEO": "#a9b4e8",
     "CNTRL/STORE SUP": "#c4b8a8",
-    "POSTAL CENTER": "#e8c3b0",
-    "PROD-WHS SALES": "#c6d9b0",
-    "TOYS": "#ffb07a",
-    "ELECT &PLUMBING": "#e6dc6a",
-    "HOUSEWARES": "#c9a5b8",
+    "POSTAL CENTER": "#cd8f62",
+    "PROD-WHS SALES": "#9dba45",
+    "TOYS": "#ff8f2e",
+    "ELECT &PLUMBING": "#cdb53a",
+    "HOUSEWARES": "#b5819f",
     "CHARITABLE CONT": "#f5a5c0",
 }
 NO_DEPARTMENT_COLOUR = "#e0e0e0"
+
+# A cue that many tiles carry gets a disc of its own colour, so that "frozen" is seen before the snowflake is read.
+CUE_COLOURS: dict[str, str] = {
+    "2744": "#7cc7ff",  # frozen
+    "1F343": "#e3f7a8",  # natural-food aisle
+    "1F96B": "#ffd23f",  # in a can
+    "1F525": "#4a3a5a",  # hot or smoked
+    "26A1": "#a01a58",  # sports drink
+}
+PLAIN_CUE_COLOUR = "#ffffff"
+
+# The 19 genres of MovieLens-100K, and the names that later MovieLens releases changed or added.
+GENRE_ART: dict[str, str] = {
+    "Action": "1F4A5",
+    "Adventure": "1F9ED",
+    "Animation": "1F42D",
+    "Children's": "1F9F8",
+    "Children": "1F9F8",
+    "Comedy": "1F602",
+    "Crime": "1F4B0",
+    "Documentary": "1F3A5",
+    "Drama": "1F3AD",
+    "Fantasy": "1F409",
+    "Film-Noir": "1F303",
+    "Horror": "1F47B",
+    "Musical": "1F3B5",
+    "Mystery": "1F50D",
+    "Romance": "2764",
+    "Sci-Fi": "1F680",
+    "Thriller": "1F631",
+    "War": "1FA96",
+    "Western": "1F920",
+    "IMAX": "1F39E",
+    "unknown": "2753",
+    "(no genres listed)": "2753",
+}
+DECADE_COLOURS: dict[int, str] = {
+    1900: "#bdb5a8",
+    1910: "#cfc8bc",
+    1920: "#e2dccb",
+    1930: "#e8cf9a",
+    1940: "#d9a98a",
+    1950: "#f2a6a0",
+    1960: "#f7c873",
+    1970: "#e0e07a",
+    1980: "#f2a9dc",
+    1990: "#a9d3f5",
+    2000: "#9fe0c0",
+    2010: "#c9b8f5",
+    2020: "#7fd3e8",
+}
+NO_DECADE_COLOUR = "#e0e0e0"
 
 
 @cache
