@@ -42,7 +42,7 @@ def one_tile(**changes: str | None) -> pl.DataFrame:
 
 
 def psnr(one: np.ndarray, other: np.ndarray) -> float:
-    error = np.mean((one.astype(np.float64) - other.astype(np.float64)) ** 2)
+    error = float(np.mean((one.astype(np.float64) - other.astype(np.float64)) ** 2))
     return float(10 * np.log10(255**2 / max(error, 1e-9)))
 
 
