@@ -195,7 +195,9 @@ def build(context: Path, *, home: Path, beside: Path, version: str) -> Path:
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     settings = {**os.environ, **QUIET, "BENTOML_HOME": str(beside), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "bentoml", "build", str(context), "--version", version, "--output", "tag"]
+    # Named outright: BentoML looks for a bentofile of its own accord in no folder below a hidden one (.couturier).
+    command = [sys.executable, "-m", "bentoml", "build", str(context), "--bentofile", str(context / "bentofile.yaml")]
+    command += ["--version", version, "--output", "tag"]
     answer = subprocess.run(
         command, cwd=context, env=settings, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
