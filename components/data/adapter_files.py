@@ -46,6 +46,7 @@ from couturier.components.errors import ConfigError, DataError
 
 _EVENT_COLUMNS = ("user_id", "item_id", "timestamp", "kind", "value")
 _ITEM_COLUMNS = ("item_id", "title")
+_SESSION_GAP_MINUTES = 30.0
 _PICTURE_COLUMNS = ("picture", "picture_bytes")
 
 
@@ -105,7 +106,7 @@ def _events(path: Path, settings: Config, warnings: list[str]) -> pl.DataFrame:
             "Check that user_id names people and not rows or sessions."
         )
     if "group_id" not in events.columns:
-        events = session_groups(events, gap_minutes=settings.session_gap_minutes)
+        events = session_groups(events, gap_minutes=settings.session_gap_minutes or _SESSION_GAP_MINUTES)
     return events.sort("timestamp", "user_id", nulls_last=True, maintain_order=True)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import polars as pl
 import pyarrow.parquet as pq
 
-from couturier.components.data import adapter_complete_journey, adapter_files
+from couturier.components.data import adapter_complete_journey, adapter_files, adapter_movielens
 from couturier.components.data.formats import EVENT_COLUMNS, EVENTS, ITEMS, META, PICTURES, USERS
 from couturier.components.data.raw import PICTURE_SCHEMA, Config, RawTables
 from couturier.components.data.versioning import md5_of_file
@@ -31,6 +31,7 @@ __all__ = ["ADAPTERS", "FILES", "Config", "RawTables", "ingest"]
 ADAPTERS: dict[str, Callable[[Config], RawTables]] = {
     "complete-journey": adapter_complete_journey.load,
     "files": adapter_files.load,
+    "movielens": adapter_movielens.load,
 }
 FILES = (EVENTS, ITEMS, PICTURES, USERS, META)
 # Another release of one of these may read, draw or write other bytes.
@@ -93,8 +94,10 @@ def _checked_settings(settings: Config) -> Config:
         raise ConfigError(f"picture_size={settings.picture_size} is out of range; choose from 8 to 1024 pixels.")
     if settings.max_users < 0:
         raise ConfigError(f"max_users={settings.max_users} is negative; choose 0 for all users or how many to keep.")
-    if not settings.session_gap_minutes > 0:
-        raise ConfigError(f"session_gap_minutes={settings.session_gap_minutes} must be above 0, in minutes.")
+    if not settings.session_gap_minutes >= 0:
+        raise ConfigError(
+            f"session_gap_minutes={settings.session_gap_minutes} must be minutes, or 0 for the adapter's own choice."
+        )
     return settings
 
 
