@@ -201,7 +201,8 @@ class Registry:
                 changed = entry.number
                 break
         for entry in self.journal.history(("verdict",), version=number, limit=1):
-            if entry.number > changed:
+            # The second half: the champion may have changed while the gate was at work.
+            if entry.number > changed and entry.payload["champion_version"] == self.journal.aliases().get(CHAMPION):
                 return entry
         return None
 

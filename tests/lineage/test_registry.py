@@ -22,7 +22,8 @@ def _aliases(workspace: Workspace) -> dict[str, int]:
 
 
 def _verdict(registry: Registry, number: int, decision: str = "promote") -> None:
-    registry.journal.append("verdict", who="gate", version=number, payload={"decision": decision})
+    facts = {"decision": decision, "champion_version": registry.journal.aliases().get("champion")}
+    registry.journal.append("verdict", who="gate", version=number, payload=facts)
 
 
 def test_a_version_carries_its_whole_lineage(workspace: Workspace, register: Register) -> None:
@@ -74,6 +75,10 @@ def test_a_verdict_against_an_earlier_champion_is_stale(workspace: Workspace, re
         register(workspace, seed)
         _verdict(registry, seed)
     registry.promote(2, who="ada", why="")
+    with pytest.raises(LineageError, match="version 2"):
+        registry.promote(3, who="ada", why="")
+    stale = {"decision": "promote", "champion_version": 1}  # given while the champion changed
+    registry.journal.append("verdict", who="gate", version=3, payload=stale)
     with pytest.raises(LineageError, match="version 2"):
         registry.promote(3, who="ada", why="")
     with pytest.raises(LineageError, match="reason"):
