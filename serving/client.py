@@ -21,6 +21,7 @@ from couturier.components.ports import free_port, wanted_port
 
 # Nothing calls out, one thread computes, and no bento is looked for elsewhere.
 QUIET = {"BENTOML_DO_NOT_TRACK": "True", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+_FAILED = "Initializing service error"  # what BentoML logs when the service's constructor raises
 
 
 class ServiceError(CouturierError):
@@ -190,11 +191,16 @@ def bento_folder(bentoml_home: Path, tag: str) -> Path:
 def _until_ready(client: Client, process: subprocess.Popen[bytes], log: Path, timeout_s: float) -> None:
     patience = time.monotonic() + timeout_s
     while not client.ready():
-        ended = process.poll() is not None
-        if ended or time.monotonic() > patience:
-            why = f"ended with exit code {process.returncode}" if ended else f"was not ready within {timeout_s:g} s"
-            last = log.read_text(errors="replace").strip().splitlines()[-5:]
-            raise ServiceError(f"the bento {why}. Its log, {log}, ends with: {' | '.join(last)}")
+        words = log.read_text(errors="replace")
+        why = None
+        if process.poll() is not None:
+            why = f"ended with exit code {process.returncode}"
+        elif _FAILED in words:  # BentoML starts a worker that failed again and again
+            why = "could not load its model"
+        elif time.monotonic() > patience:
+            why = f"was not ready within {timeout_s:g} s"
+        if why is not None:
+            raise ServiceError(f"the bento {why}. Its log, {log}, ends with: {' | '.join(words.splitlines()[-5:])}")
         time.sleep(0.1)
 
 

@@ -29,6 +29,7 @@ from PIL import Image
 
 from couturier.components.errors import LineageError, MissingExtraError
 from couturier.components.files import sha256_of_file, sha256_of_json, sync_folder, write_json, written_beside
+from couturier.components.lineage.provenance import code_commit
 from couturier.components.lineage.sources import source_digests
 from couturier.components.lineage.stages import ArtifactStore, StageContext
 from couturier.components.runtime import derived_seed, threads
@@ -168,22 +169,11 @@ def origin(ctx: StageContext) -> dict[str, Any]:
             ancestry |= store.ancestry(folder.name)
     stages = {manifest["stage"]: manifest for manifest in ancestry.values()}
     return {
-        "git_commit": git_commit(),
+        "git_commit": code_commit(),
         "data_md5": stages.get("validate", {}).get("external", {}).get("data"),
         "config": {name: manifest["config"] for name, manifest in sorted(stages.items())},
         "manifests": {name: manifest["id"] for name, manifest in sorted(stages.items())},
     }
-
-
-def git_commit() -> str | None:
-    """The commit of our source tree, with ``-dirty`` when files differ from it; None outside a checkout."""
-    tree = Path(__file__).resolve().parents[1]
-    command = ["git", "-C", str(tree), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() or None
 
 
 def build(context: Path, *, home: Path, beside: Path, version: str) -> Path:

@@ -85,7 +85,7 @@ async def _page(request: Request) -> Response:
 
 async def _lineage(request: Request) -> Response:
     """``GET /version``."""
-    return JSONResponse(await bentoml.get_current_service().version(VersionForm()))
+    return JSONResponse(bentoml.get_current_service().lineage())
 
 
 _pages = Starlette(
@@ -190,6 +190,10 @@ class Couturier:
     @bentoml.api
     async def version(self, form: VersionForm, /) -> dict[str, Any]:
         """Where this model came from: commit, data, configuration, manifests, registry, bento."""
+        return self.lineage()
+
+    def lineage(self) -> dict[str, Any]:
+        """What ``version`` answers."""
         return {
             **self.bundle.version,
             "bento": _bento_tag(),

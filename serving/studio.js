@@ -35,11 +35,12 @@ function tile(png, caption, title) {
 function thumbs(user, picture) {
   const row = document.createElement("div");
   row.className = "thumbs";
-  const kinds = [["like", "👍", 1], ["dislike", "👎", -1]];
-  const buttons = kinds.map(([kind, sign, value]) => {
+  const buttons = [["like", 1], ["dislike", -1]].map(([kind, value]) => {
     const button = document.createElement("button");
     button.type = "button";
-    button.textContent = sign;
+    button.className = kind;
+    button.append($("thumb").content.cloneNode(true));
+    button.title = kind;
     button.setAttribute("aria-label", kind);
     button.setAttribute("aria-pressed", "false");
     button.addEventListener("click", async () => {
