@@ -1,4 +1,7 @@
-"""One retraining at a time in a workspace. The lock is the operating system's: it goes when its process goes."""
+"""One retraining, and one ``couturier up``, at a time in a workspace.
+
+The lock is the operating system's: it goes when its process goes, whatever ends it.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ from couturier.components.lineage.workspace import Workspace
 
 
 @contextmanager
-def only_one(workspace: Workspace) -> Iterator[int | None]:
-    """Hold the workspace for a retraining. Yields the process id of a holder that was killed, or None.
+def only_one(workspace: Workspace, what: str = "retraining") -> Iterator[int | None]:
+    """Hold the workspace for one kind of work. Yields the process id of a holder that was killed, or None.
 
-    The same process may enter twice. What a killed process held is free at once, whatever killed it.
+    The same process may enter twice.
 
     Raises:
         CouturierError: another process holds it.
@@ -27,24 +30,25 @@ def only_one(workspace: Workspace) -> Iterator[int | None]:
     from filelock import FileLock, Timeout
 
     workspace.root.mkdir(parents=True, exist_ok=True)
-    holder = workspace.root / "retrain.holder.json"
-    lock = FileLock(workspace.root / "retrain.lock", is_singleton=True, thread_local=False)
+    holder = workspace.root / f"{what}.holder.json"
+    lock = FileLock(workspace.root / f"{what}.lock", is_singleton=True, thread_local=False)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         seen = _read(holder)
         said = f"process {seen['pid']}, since {seen['since']}" if seen else "another process"
         raise CouturierError(
-            f"a retraining is under way in {workspace.root} ({said}). Wait for it, stop it with Ctrl-C, or name another "
+            f"a {what} is under way in {workspace.root} ({said}). Wait for it, stop it with Ctrl-C, or name another "
             "folder in COUTURIER_WORKSPACE."
         ) from None
+    first = lock.lock_counter == 1
     try:
-        left = _read(holder) if lock.lock_counter == 1 else None
-        if lock.lock_counter == 1:
+        left = _read(holder) if first else None
+        if first:
             write_json(holder, {"pid": os.getpid(), "since": datetime.now(UTC).isoformat(timespec="seconds")})
         yield int(left["pid"]) if left else None
     finally:
-        if lock.lock_counter == 1:
+        if first:
             holder.unlink(missing_ok=True)
         lock.release()
 

@@ -121,4 +121,4 @@ def _read_plain(text: str, hint: Any, setting: str) -> Any:
             raise ConfigError(f"--set {setting!r}: {text!r} is not {kind}, and this setting wants one.") from None
     if hint is str:
         return text
-    raise ConfigError(f"--set {setting!r}: a value of type {hint} cannot be given on the command line; set it in a recipe.")
+    raise ConfigError(f"--set {setting!r}: a value of type {hint} has no form on the command line; set it in a recipe.")

@@ -1,0 +1,115 @@
+"""What all tests share: a quiet environment, one torch thread, and one real run of the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from couturier.components.telemetry import quiet_environment
+
+quiet_environment()
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+for name in ("COUTURIER_PROJECT", "COUTURIER_WORKSPACE", "COUTURIER_MLFLOW_URI", "PREFECT_API_URL"):
+    os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny models are fastest, and repeat bit for bit, on one thread."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a command said, and how it ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The last line of stdout, which must be one JSON object."""
+        value = json.loads(self.out.rstrip("\n").rpartition("\n")[2])
+        assert isinstance(value, dict)
+        return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Project:
+    """A folder with a project in it, and the real command line."""
+
+    folder: Path
+
+    @property
+    def workspace(self) -> Path:
+        return self.folder / ".couturier"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "COUTURIER_PROJECT": str(self.folder), "COLUMNS": "200", "NO_COLOR": "1"}
+
+    def command(self, *words: str) -> list[str]:
+        return [str(Path(sys.executable).with_name("couturier")), *words]
+
+    def run(self, *words: str, code: int = 0, timeout_s: float = 300, **environment: str) -> Answer:
+        """Run ``couturier WORDS`` here; it must end with ``code``."""
+        done = subprocess.run(
+            self.command(*words),
+            cwd=self.folder,
+            env={**self.environment, **environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+        answer = Answer(code=done.returncode, out=done.stdout, err=done.stderr)
+        assert answer.code == code, f"couturier {' '.join(words)} ended with {answer.code}\n{answer.out}\n{answer.err}"
+        return answer
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        """Start ``couturier WORDS`` here and go on."""
+        return subprocess.Popen(
+            self.command(*words),
+            cwd=self.folder,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """An empty project."""
+    return Project(folder=tmp_path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmokeRun:
+    """A project in which ``couturier retrain --recipe smoke`` has run once, and what it said."""
+
+    project: Project
+    answer: Answer
+
+    @property
+    def record(self) -> dict[str, Any]:
+        record: dict[str, Any] = self.answer.json
+        return record
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> SmokeRun:
+    """One real run of the whole chain through the command line, shared by every end-to-end test."""
+    project = Project(folder=tmp_path_factory.mktemp("smoke"))
+    return SmokeRun(project=project, answer=project.run("retrain", "--recipe", "smoke", "--json", timeout_s=600))
