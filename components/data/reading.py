@@ -14,7 +14,7 @@ import polars as pl
 from couturier.components.errors import DataError
 
 EXTENSIONS = (".parquet", ".csv", ".jsonl", ".ndjson")
-# Epoch numbers tell their unit by their size: these bounds lie in the years 5138 and 1973 of either neighbour.
+# Epoch numbers tell their unit by their size: each bound is the year 5138 in one unit and 1973 in the next.
 _EPOCHS = ((1e11, "seconds", 1_000_000.0), (1e14, "milliseconds", 1_000.0), (1e17, "microseconds", 1.0))
 _NAIVE = ("%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%dT%H:%M", "%Y-%m-%d")
 
@@ -29,6 +29,8 @@ def read_table(path: Path, *, setting: str) -> pl.DataFrame:
         raise DataError(f"{setting}={path.name!r} has an unknown extension; use one of {', '.join(EXTENSIONS)}.")
     if not path.is_file():
         raise DataError(f"{setting}={str(path)!r} does not exist or is no file. Give the path of an existing table.")
+    if not path.stat().st_size:
+        raise DataError(f"{path.name} is empty; the setting {setting} needs a table with at least one row.")
     try:
         if path.suffix.lower() == ".parquet":
             frame = pl.read_parquet(path)
@@ -36,8 +38,6 @@ def read_table(path: Path, *, setting: str) -> pl.DataFrame:
             frame = pl.read_csv(path, infer_schema=False)
         else:
             frame = pl.read_ndjson(path, infer_schema_length=None)
-    except pl.exceptions.NoDataError:
-        frame = pl.DataFrame()
     except (pl.exceptions.PolarsError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"{path.name} could not be read as {path.suffix[1:].lower()}: {reason}.") from error
@@ -152,8 +152,8 @@ def _count_unread(before: pl.Series, after: pl.Series, *, file: str, wanted: str
 
 
 def _first(column: pl.Series) -> object:
-    known = column.drop_nulls()
-    return known[0] if len(known) else None
+    known = column.drop_nulls().to_list()
+    return known[0] if known else None
 
 
 def session_groups(events: pl.DataFrame, *, gap_minutes: float) -> pl.DataFrame:
