@@ -51,7 +51,7 @@ def ensure_database(workspace: Workspace) -> None:
     """Make MLflow's SQLite file if it is not there: beside its place, then renamed, so that a kill between two of
     its migrations leaves no half-made database, and only one of several processes makes it."""
     final = workspace.mlflow_db
-    if os.environ.get("COUTURIER_MLFLOW_URI") or final.exists():
+    if database_exists(workspace):
         return
     with lock(workspace, "mlflow"):
         if final.exists():
@@ -71,6 +71,11 @@ def ensure_database(workspace: Workspace) -> None:
             connection.execute("PRAGMA journal_mode = WAL")
         half.rename(final)
         sync_folder(final.parent)
+
+
+def database_exists(workspace: Workspace) -> bool:
+    """Whether there is anything to ask. What an URL names is taken to exist."""
+    return bool(os.environ.get("COUTURIER_MLFLOW_URI")) or workspace.mlflow_db.exists()
 
 
 def experiment_id(client: MlflowClient, workspace: Workspace) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from couturier.components.errors import LineageError
 from couturier.components.files import sha256_of_json
 from couturier.components.lineage.journal import CHALLENGER, CHAMPION, Entry, Journal
-from couturier.components.lineage.mlflow_store import MODEL, lock, mlflow_client
+from couturier.components.lineage.mlflow_store import MODEL, database_exists, lock, mlflow_client
 from couturier.components.lineage.provenance import code_commit, data_md5, whoami
 from couturier.components.lineage.stages import ArtifactStore
 from couturier.components.lineage.tracker import RunTracker
@@ -113,7 +113,7 @@ class Registry:
         who = who or whoami()
         key = sha256_of_json({"rl": rl, "bento": bento})
         with self._moving() as client:
-            found = client.search_model_versions(f"name = '{MODEL}' AND tags.`{_KEY}` = '{key}'")
+            found = list(client.search_model_versions(f"name = '{MODEL}' AND tags.`{_KEY}` = '{key}'"))
             created = not found
             if created:
                 ancestry = {**self.store.ancestry(package), **self.store.ancestry(evaluate), **self.store.ancestry(rl)}
@@ -208,6 +208,8 @@ class Registry:
 
     def versions(self) -> list[Version]:
         """All versions, newest first."""
+        if not database_exists(self.workspace):
+            return []  # looking must not cost the seconds that making the database does
         client = self._client()
         verdicts: dict[int, str] = {}
         for entry in self.journal.history(("verdict",)):
@@ -371,7 +373,7 @@ def _version(row: ModelVersion, aliases: Mapping[str, int], verdict: str | None)
         data_md5=tags["data_md5"],
         config_hash=tags["config_hash"],
         manifests={name.removeprefix(_MANIFEST): tags[name] for name in sorted(tags) if name.startswith(_MANIFEST)},
-        source=row.source,
+        source=str(row.source),
         verdict=verdict,
     )
 

@@ -75,7 +75,7 @@ class RunTracker:
         for first in range(0, len(rows), _PER_REQUEST):
             self._client.log_batch(self.run_id, tags=rows[first : first + _PER_REQUEST])
 
-    def metrics(self, values: Mapping[str, float], *, step: int) -> None:
+    def metrics(self, values: Mapping[str, float], *, step: int = 0) -> None:
         """Keep figures of one step; they reach MLflow in batches."""
         from mlflow.entities import Metric
 
