@@ -55,7 +55,8 @@ LAYOUTS = {"recbole": recbole, "ml-1m": ml_1m, "ml-latest": ml_latest}
 
 def read(folder: Path, layout: str, **more: Any) -> RawTables:
     LAYOUTS[layout](folder)
-    return load(Config(**({"adapter": "movielens", "folder": str(folder), "picture_size": 16} | more)))
+    values: dict[str, Any] = {"adapter": "movielens", "folder": str(folder), "picture_size": 16, **more}
+    return load(Config(**values))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
