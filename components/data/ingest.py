@@ -64,6 +64,7 @@ def ingest(adapter: str, settings: Config, workspace: Workspace, progress: Progr
     try:
         raw = ADAPTERS[adapter](settings)
         _check_tables(raw)
+        (workspace.data / META).unlink(missing_ok=True)  # written last: where it lies, the tables are whole
         line.advance()
         tables = {EVENTS: raw.events, ITEMS: raw.items, PICTURES: raw.pictures, USERS: raw.users}
         for name, frame in tables.items():

@@ -132,6 +132,19 @@ def test_a_failed_ingestion_leaves_no_claim(tmp_path: Path, tables: Config) -> N
     assert not ingest("files", tables, place)["reused"]
 
 
+def test_tables_cut_short_carry_no_meta(tmp_path: Path, tables: Config) -> None:
+    place = workspace(tmp_path / "p")
+    ingest("files", tables, place)
+    (place.data / "users.parquet").unlink()
+    (place.data / "users.parquet").mkdir()  # nothing can be renamed onto it: the disk fails between two files
+    with pytest.raises(OSError):
+        ingest("files", Config(**(vars(tables) | {"picture_size": 16})), place)
+    assert not (place.data / "meta.json").exists()
+    (place.data / "users.parquet").rmdir()
+    assert not ingest("files", tables, place)["reused"]
+    assert (place.data / "meta.json").exists()
+
+
 def test_foreign_files_are_refused_and_leftovers_of_a_kill_removed(tmp_path: Path, tables: Config) -> None:
     place = workspace(tmp_path / "p")
     ingest("files", tables, place)
