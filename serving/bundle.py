@@ -164,7 +164,7 @@ class Bundle:
                 seeds=[sampling.seed] * len(histories),
             )
             rgb_N3HW = self.codec.decode(codes_UNL.reshape(-1, codes_UNL.shape[-1]))
-            nearest_N = (_unit(self.judge.embed_pictures(rgb_N3HW)) @ self._shelf_ID.T).argmax(1).tolist()
+            nearest_N = self.nearest(rgb_N3HW)
         rgb_NHWC = (rgb_N3HW * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
         drawn = []
         for row, history in enumerate(histories):
@@ -174,6 +174,10 @@ class Bundle:
                 [Picture(id=i, rgb_HWC=rgb_NHWC[p], nearest=nearest_N[p]) for i, p in zip(ids, places, strict=True)]
             )
         return drawn
+
+    def nearest(self, rgb_N3HW: Tensor) -> list[int]:
+        """The catalogue row whose picture the judge's eyes find most alike, for each picture."""
+        return (_unit(self.judge.embed_pictures(rgb_N3HW)) @ self._shelf_ID.T).argmax(1).tolist()
 
     def score(self, history: History, items: Sequence[int]) -> np.ndarray:
         """The judge's standardised logits ``[C]`` of catalogue rows: 0 is a random item, 1 is one SD better."""

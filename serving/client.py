@@ -190,7 +190,9 @@ def bento_folder(bentoml_home: Path, tag: str) -> Path:
 
 def _until_ready(client: Client, process: subprocess.Popen[bytes], log: Path, timeout_s: float) -> None:
     patience = time.monotonic() + timeout_s
-    while not client.ready():
+    # The port is bound before a worker answers on it: a question that waits long would hide that the worker failed.
+    probe = Client(client.host, client.port, timeout_s=1.0)
+    while not probe.ready():
         words = log.read_text(errors="replace")
         why = None
         if process.poll() is not None:

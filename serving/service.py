@@ -62,16 +62,10 @@ STUDIO_SETTING = "COUTURIER_STUDIO"
 PAGE = {"studio.html": "text/html", "studio.js": "text/javascript", "studio.css": "text/css"}
 
 
-class Unavailable(BentoMLException):
-    """The service is not set up for this."""
+class _DayFull(BentoMLException):
+    """No room for more events today. (BentoML keeps the sentences of statuses below 500 only.)"""
 
-    error_code = HTTPStatus.SERVICE_UNAVAILABLE
-
-
-class _Full(BentoMLException):
-    """No room for more events."""
-
-    error_code = HTTPStatus.INSUFFICIENT_STORAGE
+    error_code = HTTPStatus.TOO_MANY_REQUESTS
 
 
 async def _page(request: Request) -> Response:
@@ -153,7 +147,7 @@ class Couturier:
     async def feedback(self, form: FeedbackForm, /) -> FeedbackAnswer:
         """Keep one event. The time is the server's."""
         if self.log is None:
-            raise Unavailable(f"feedback is not kept: set {FEEDBACK_SETTING} to a folder and start again.")
+            raise NotFound(f"feedback is not kept: set {FEEDBACK_SETTING} to a folder and start again.")
         event: dict[str, Any] = {"user_id": form.user_id, "kind": form.kind, "value": form.value, "model": self.model}
         with _answering():
             if form.item_id is not None:
@@ -249,7 +243,7 @@ def _answering() -> Iterator[None]:
     except UnknownUserError as error:
         raise NotFound(str(error)) from None
     except FeedbackFullError as error:
-        raise _Full(str(error)) from None
+        raise _DayFull(str(error)) from None
     except CouturierError as error:
         raise BadRequest(str(error)) from None
 
