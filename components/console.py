@@ -6,8 +6,8 @@ Everything here goes to stderr, so that stdout stays free for the one JSON objec
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
@@ -33,13 +33,15 @@ class _Work:
     done: int
     unit: str
     first: int
+    clock: Callable[[], float]
     note: str = ""
-    began: float = field(default_factory=time.monotonic)
-    said: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.began = self.said = self.clock()
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self.began
+        return self.clock() - self.began
 
     @property
     def rate(self) -> float:
@@ -66,15 +68,16 @@ class ConsoleProgress:
         ''
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.console = console or stderr_console()
+        self.clock = clock
         self._work: _Work | None = None
         self._bar: Bar | None = None
         self._task: TaskID | None = None
 
     def start(self, description: str, total: int, *, done: int = 0, unit: str = "it") -> None:
         self.stop()
-        self._work = _Work(description=description, total=total, done=done, unit=unit, first=done)
+        self._work = _Work(description=description, total=total, done=done, unit=unit, first=done, clock=self.clock)
 
     def advance(self, n: int = 1, *, note: str = "") -> None:
         work = self._work
@@ -87,8 +90,8 @@ class ConsoleProgress:
         elif self.console.is_terminal:
             if work.seconds > PATIENCE_S:
                 self._draw(work)
-        elif time.monotonic() - work.said > LINE_EVERY_S:
-            work.said = time.monotonic()
+        elif self.clock() - work.said > LINE_EVERY_S:
+            work.said = self.clock()
             self.console.print(_line(work), markup=False)
 
     def stop(self) -> None:

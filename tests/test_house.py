@@ -93,14 +93,18 @@ def test_the_lock_is_plain_and_sorted() -> None:
 
 def test_every_direct_dependency_is_pinned_as_in_the_lock() -> None:
     direct = [*PROJECT["dependencies"], *(one for extra in PROJECT["optional-dependencies"].values() for one in extra)]
-    pins = {re.sub(r"[-_.]+", "-", one.split("==")[0]).lower(): one for one in direct if not one.startswith("couturier[")}
+    pins = {
+        re.sub(r"[-_.]+", "-", one.split("==")[0]).lower(): one for one in direct if not one.startswith("couturier[")
+    }
     assert pins
     for name, requirement in pins.items():
         assert requirement.split("==")[1:] == [lock()[name]], requirement
 
 
 def test_what_is_installed_is_what_was_locked() -> None:
-    installed = {name: metadata.version(name).split("+")[0] for name in ("torch", "prefect", "mlflow", "bentoml", "polars")}
+    installed = {
+        name: metadata.version(name).split("+")[0] for name in ("torch", "prefect", "mlflow", "bentoml", "polars")
+    }
     assert installed == {name: lock()[name] for name in installed}
 
 
