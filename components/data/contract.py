@@ -1,8 +1,8 @@
 """Stage ``validate``: the contract between whoever brings data and everything that learns from it.
 
-    data/ ─▶ schema ─▶ pictures ─▶ items (own rules, has a picture) ─▶ events (own rules, its item is kept) ─▶ users
-               │           └──────────────── rows that fail ─────────────────┴──────────▶ quarantine.parquet
-               └ stops at once                                            what is left ─▶ order, histories ─▶ kept tables
+    data/ ─▶ schema ─▶ pictures ─▶ items (and each has a picture) ─▶ events (and each has a kept item) ─▶ users
+               │          └──────────────── rows that fail ──────────────────┴────────▶ quarantine.parquet
+               └ stops at once                                   what is left ─▶ order, histories ─▶ kept tables
 
 Great Expectations checks every rule (``contract_rules.py``); this file says in which order, what follows from a
 failure, and that ``kept + quarantined = raw`` for every table. Dirt is no special case: a coupon is outside the domain
@@ -16,12 +16,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from couturier.components.data import contract_rules as the
 from couturier.components.data.contract_rules import Config
 from couturier.components.data.data_docs import write_docs
-from couturier.components.data.expectations import TABLES, Checker, Report, Suite, Verdict
+from couturier.components.data.expectations import TABLES, Checker, Report, Suite, Verdict, percent
 from couturier.components.data.formats import EVENTS, ITEMS, META, PICTURES, USERS
 from couturier.components.data.quarantine import Quarantine, explain_quarantine
 from couturier.components.errors import ContractError, DataError
@@ -157,8 +158,14 @@ class _Check:
             self.suite(the.items_suite(self.config, self.meta, items.columns), with_picture),
             because={"items.has_picture": _why(items, errors)},
         )
+        # A picture that failed by itself is not blamed for its item, which failed for want of the picture.
+        failed = np.zeros(pictures.height, dtype=bool)
+        failed[self.quarantine.failed("pictures")] = True
+        linked = self._kept_items("pictures").with_columns(
+            item_kept=pl.when(pl.Series(failed)).then(pl.lit("-")).otherwise("item_kept")
+        )
         self.quarantine.add(
-            self.suite(the.picture_items_suite(self.config), self._kept_items("pictures")),
+            self.suite(the.picture_items_suite(self.config), linked),
             because={"pictures.item_kept": _why(pictures, self._item_reasons())},
         )
 
@@ -193,8 +200,8 @@ class _Check:
         self.suite(the.histories_suite(self.config), histories)
         enough = histories.filter(pl.col("groups") >= self.config.min_groups)
         self.suite(the.audience_suite(self.config), enough)
-        lost = {table: 1.0 - kept[table].height / max(1, self.raw[table].height) for table in TABLES}
-        self.suite(the.kept_suite(self.config), pl.DataFrame([lost]))
+        lost = {table: len(self.quarantine.failed(table)) / max(1, self.raw[table].height) for table in TABLES}
+        self.suite(the.shares_suite(self.config), pl.DataFrame([lost]))
         self.ctx.facts["users_with_history"] = enough.height
 
     def conclude(self, out: Path) -> None:
@@ -205,7 +212,8 @@ class _Check:
         folder = self.ctx.scratch / "refused" if self.stops else out
         folder.mkdir(parents=True, exist_ok=True)
         self.quarantine.write(folder)
-        write_docs(folder / "docs", self.checker.reports, contract_summary(facts), facts["warnings"])
+        reasons = explain_quarantine(folder).to_dicts()
+        write_docs(folder / "docs", self.checker.reports, contract_summary(facts), facts["warnings"], reasons)
         if self.stops:
             raise ContractError(_refusal(self.stops, folder))
 
@@ -215,7 +223,7 @@ class _Check:
             raw, quarantined = self.raw[table].height, len(self.quarantine.failed(table))
             kept = self.quarantine.kept(table).height
             if kept + quarantined != raw:
-                raise DataError(f"{table}: kept {kept} + quarantined {quarantined} is not raw {raw}. Please report this.")
+                raise DataError(f"{table}: kept {kept} + quarantined {quarantined} is not raw {raw}: report this.")
             failed = {
                 verdict.rule.name: len(verdict.rows)
                 for report in self.checker.reports
@@ -233,9 +241,8 @@ class _Check:
         items, frame = self.raw["items"], self.raw[table]
         found = _pointing(frame, "item_found", items)
         kept = _pointing(frame, "item_kept", self.quarantine.kept("items"))["item_kept"]
-        return found.with_columns(
-            item_kept=pl.when(found["item_found"].is_null() | (found["item_id"].is_null())).then(pl.lit("-")).otherwise(kept)
-        )
+        blamed = pl.col("item_found").is_null() | pl.col("item_id").is_null()
+        return found.with_columns(item_kept=pl.when(blamed).then(pl.lit("-")).otherwise(kept))
 
     def _item_reasons(self) -> pl.DataFrame:
         reasons = self.quarantine.reasons("items")
@@ -243,7 +250,7 @@ class _Check:
 
 
 def _pointing(frame: pl.DataFrame, name: str, target: pl.DataFrame) -> pl.DataFrame:
-    """``frame`` with a column ``name``: its item_id where ``target`` has that id, else null; ``-`` where it has none."""
+    """``frame`` with a column ``name``: its item_id where ``target`` has it, else null; ``-`` where it has no id."""
     known = pl.col("item_id").is_in(target["item_id"].drop_nulls().unique().implode())
     found = pl.when(pl.col("item_id").is_null()).then(pl.lit("-")).when(known).then(pl.col("item_id"))
     return frame.with_columns(found.alias(name))
@@ -268,8 +275,8 @@ def _why(frame: pl.DataFrame, reasons: pl.DataFrame) -> pl.Series:
 def _warning(verdict: Verdict) -> str:
     rule = verdict.rule
     return (
-        f"{rule.name}: {len(verdict.rows):,} of {verdict.checked:,} rows ({verdict.share:.2%}): {rule.reason} "
-        f"(said above {rule.warn_share:.4g}, stops above {rule.stop_share:.4g})"
+        f"{rule.name}: {len(verdict.rows):,} of {verdict.checked:,} rows ({percent(verdict.share)}): {rule.reason} "
+        f"(warns above {percent(rule.warn_share)}, stops above {percent(rule.stop_share)})"
     )
 
 
@@ -278,16 +285,18 @@ def _refusal(stops: list[tuple[Verdict, pl.DataFrame]], folder: Path) -> str:
     verdict, frame = stops[0]
     rule = verdict.rule
     if len(verdict.rows):
-        shown = [f"row {row}: {_shown(frame, rule.expectation.configuration.kwargs, row)}" for row in verdict.rows[:_SHOWN_ROWS]]
-        seen = f"{len(verdict.rows):,} of {verdict.checked:,} rows ({verdict.share:.2%}), first {'; '.join(shown)}"
-        allowed = f"{rule.stop_share:.4g} of the rows may fail"
+        read = rule.expectation.configuration.kwargs
+        shown = [f"row {row}: {_shown(frame, read, row)}" for row in verdict.rows[:_SHOWN_ROWS]]
+        seen = f"{len(verdict.rows):,} of {verdict.checked:,} rows ({percent(verdict.share)}), first {'; '.join(shown)}"
+        seen = f"{seen}; {percent(rule.stop_share)} may fail"
     else:
-        seen, allowed = f"{verdict.seen} seen", rule.wanted
-    ways = f" or set contract.{rule.setting}" if rule.setting else ""
+        seen = f"{verdict.seen} seen"
+    named = " or ".join(f"contract.{setting}" for setting in rule.settings)
+    ways = f", or change {named} (--set NAME=VALUE)" if named else ""
     others = sorted({other.rule.name for other, _ in stops[1:]} - {rule.name})
     more = f" Further rules stop it too: {', '.join(others)}." if others else ""
     return (
-        f"the data break the rule {rule.name!r} of the contract ({rule.wanted}): {seen}; allowed: {allowed}. "
+        f"the data break the rule {rule.name!r} of the contract ({rule.wanted}): {seen}. "
         f"Mend those rows and ingest again{ways}. Every failing row is in {folder}, with docs/index.html to read.{more}"
     )
 
@@ -295,5 +304,5 @@ def _refusal(stops: list[tuple[Verdict, pl.DataFrame]], folder: Path) -> str:
 def _shown(frame: pl.DataFrame, kwargs: Mapping[str, Any], row: int) -> str:
     read = [kwargs[key] for key in ("column", "column_A", "column_B") if key in kwargs]
     names = [name for name in ("table", "column", "user_id", "item_id", *read) if name in frame.columns]
-    values = frame[int(row)].select(dict.fromkeys(names)).row(0, named=True)
+    values = frame[int(row)].select(list(dict.fromkeys(names))).row(0, named=True)
     return ", ".join(f"{name}={value!s}" for name, value in values.items())

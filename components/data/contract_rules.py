@@ -5,7 +5,8 @@ Helper columns, made by :mod:`couturier.components.data.contract` beside the raw
 * ``pictures.item_found``, ``events.item_found``: the item_id, where ``items.parquet`` has it, else null.
 * ``items.picture_kept``: the item_id, where a picture of it passed its rules, else null.
 * ``pictures.item_kept``, ``events.item_kept``: the item_id, where the item passed its rules, else null.
-  Where an earlier rule already covers the row (no item_id, no such item) these hold ``-``, so that a row is blamed once.
+  Where an earlier rule already covers the row (no item_id, no such item) these hold ``-``: a row is
+  blamed once.
 * ``pictures.rgb_bytes``: how many bytes the picture has, null where it has none.
 * ``events.since_previous_s``: seconds since the user's event one row above, null for the first.
 """
@@ -19,7 +20,7 @@ from typing import Any
 
 import polars as pl
 
-from couturier.components.data.expectations import TABLES, Rules, Suite
+from couturier.components.data.expectations import TABLES, Rules, Suite, percent
 from couturier.components.data.formats import EVENT_COLUMNS
 from couturier.components.errors import ConfigError, DataError
 
@@ -73,10 +74,10 @@ class Config:
         for name in _SHARES:
             share = vars(self)[name]
             if not 0.0 <= share <= 1.0:
-                raise ConfigError(f"contract.{name} is {share}; a share from 0 to 1 is wanted. Set 0.1 for ten percent.")
+                raise ConfigError(f"contract.{name} is {share}; a share from 0 to 1 is wanted. Set 0.1 for 10 %.")
         if moment(self.earliest, "earliest") >= moment(self.latest, "latest"):
             raise ConfigError(
-                f"contract.earliest is {self.earliest!r}, which is not before contract.latest {self.latest!r}. Swap them."
+                f"contract.earliest is {self.earliest!r}, not before contract.latest {self.latest!r}. Swap them."
             )
 
     def stop_share(self, table: str) -> float:
@@ -84,7 +85,7 @@ class Config:
 
     def rules(self, table: str) -> Rules:
         """An empty list of rules for ``table`` with the shares of this contract."""
-        return Rules(table=table, stop_share=self.stop_share(table), warn_share=self.warn_share)
+        return Rules(table=table, stop_share=self.stop_share(table), warn_share=self.warn_share, has_setting=True)
 
 
 def moment(text: str, setting: str) -> datetime:
@@ -142,7 +143,6 @@ def schema_suite() -> Suite:
         "every column of the documented form is there, with its type",
         "a column is absent or has another type",
         gxe.ExpectColumnPairValuesToBeEqual,
-        setting="",
         column_A="wanted",
         column_B="seen",
     )
@@ -180,11 +180,11 @@ def pictures_suite(config: Config, meta: Mapping[str, Any]) -> Suite:
             f"{column} is {wanted}",
             f"{column} is not {wanted}",
             gxe.ExpectColumnValuesToBeInSet,
-            setting="",
             column=column,
             value_set=[wanted],
         )
-    return Suite(name="pictures", table="pictures", about="Every picture decodes, at the right size.", rules=rules.rules)
+    about = "Every picture decodes, at the right size."
+    return Suite(name="pictures", table="pictures", about=about, rules=rules.rules)
 
 
 def items_suite(config: Config, meta: Mapping[str, Any], columns: list[str]) -> Suite:
@@ -192,20 +192,20 @@ def items_suite(config: Config, meta: Mapping[str, Any], columns: list[str]) -> 
     rules = config.rules("items").not_blank("item_id").unique("item_id").not_blank("title").not_null("text")
     _domains(rules, meta, columns)
     if "price" in columns:
-        rules.between("price", config.value_above, config.value_max, above=True, setting="value_max")
+        rules.between("price", config.value_above, config.value_max, above=True, settings=("value_above", "value_max"))
     rules.present(
         "has_picture", "picture_kept", "a picture of the item passed its rules", "the item has no usable picture"
     )
-    return Suite(name="items", table="items", about="The catalogue, and that every item has a picture.", rules=rules.rules)
+    about = "The catalogue, and that every item has a picture."
+    return Suite(name="items", table="items", about=about, rules=rules.rules)
 
 
 def picture_items_suite(config: Config) -> Suite:
     rules = config.rules("pictures").present(
         "item_kept", "item_kept", "the picture's item passed its rules", "its item is in quarantine"
     )
-    return Suite(
-        name="integrity of pictures", table="pictures", about="Pictures belong to items that were kept.", rules=rules.rules
-    )
+    about = "Pictures belong to items that were kept."
+    return Suite(name="integrity of pictures", table="pictures", about=about, rules=rules.rules)
 
 
 def events_suite(config: Config, meta: Mapping[str, Any], columns: list[str]) -> Suite:
@@ -213,10 +213,12 @@ def events_suite(config: Config, meta: Mapping[str, Any], columns: list[str]) ->
     rules = config.rules("events").not_blank("user_id").not_blank("item_id").not_null("timestamp").not_blank("kind")
     rules.not_null("value")
     low, high = moment(config.earliest, "earliest"), moment(config.latest, "latest")
-    rules.between("timestamp", low, high, setting="earliest", words=f"from {config.earliest} to {config.latest}")
-    rules.between("value", config.value_above, config.value_max, above=True, setting="value_max")
+    range_words = f"from {config.earliest} to {config.latest}"
+    rules.between("timestamp", low, high, settings=("earliest", "latest"), words=range_words)
+    rules.between("value", config.value_above, config.value_max, above=True, settings=("value_above", "value_max"))
     if "quantity" in columns:
-        rules.between("quantity", config.quantity_above, config.quantity_max, above=True, setting="quantity_max")
+        settings = ("quantity_above", "quantity_max")
+        rules.between("quantity", config.quantity_above, config.quantity_max, above=True, settings=settings)
     _domains(rules, meta, columns)
     return Suite(name="events", table="events", about="What people did: who, what, when, how much.", rules=rules.rules)
 
@@ -254,7 +256,7 @@ def histories_suite(config: Config) -> Suite:
         f"a user has at least {config.min_groups} groups of kept events",
         f"a user has fewer than {config.min_groups} groups of kept events",
         gxe.ExpectColumnValuesToBeBetween,
-        setting="min_groups",
+        settings=("min_groups",),
         column="groups",
         min_value=config.min_groups,
     )
@@ -262,37 +264,38 @@ def histories_suite(config: Config) -> Suite:
 
 
 def audience_suite(config: Config) -> Suite:
-    rules = Rules(table="users", stop_share=0.0, warn_share=0.0).at_least_rows(
+    import great_expectations.expectations as gxe
+
+    users = f"users have {config.min_groups} or more groups of kept events"
+    rules = Rules(table="users", stop_share=0.0, warn_share=0.0).whole(
         "enough",
-        config.min_users,
-        f"at least {config.min_users} users have {config.min_groups} or more groups of kept events",
-        f"fewer than {config.min_users} users have {config.min_groups} or more groups of kept events",
-        "min_users",
+        f"at least {config.min_users} {users}",
+        f"fewer than {config.min_users} {users}",
+        gxe.ExpectTableRowCountToBeBetween,
+        settings=("min_users", "min_groups"),
+        min_value=config.min_users,
     )
     return Suite(name="audience", table="audience", about="Enough users with enough history.", rules=rules.rules)
 
 
-def kept_suite(config: Config) -> Suite:
+def shares_suite(config: Config) -> Suite:
     """All rules together may not set aside more of a table than one rule may."""
     import great_expectations.expectations as gxe
 
-    made = []
+    rules = []
     for table in TABLES:
         share = config.stop_share(table)
-        made += (
-            Rules(table=table, stop_share=0.0, warn_share=0.0)
-            .add(
-                "kept_share",
-                f"all rules together set aside at most {share:.4g} of the rows",
-                f"all rules together set aside more than {share:.4g} of the rows",
-                gxe.ExpectColumnValuesToBeBetween,
-                setting=f"stop_share_{table}",
-                column=table,
-                max_value=share,
-            )
-            .rules
+        made = Rules(table=table, stop_share=0.0, warn_share=0.0).whole(
+            "share_set_aside",
+            f"all rules together set aside at most {percent(share)} of the rows",
+            f"all rules together set aside more than {percent(share)} of the rows",
+            gxe.ExpectColumnMaxToBeBetween,
+            settings=(f"stop_share_{table}",),
+            column=table,
+            max_value=share,
         )
-    return Suite(name="kept", table="shares", about="The share of each table that was set aside.", rules=made)
+        rules += made.rules
+    return Suite(name="shares", table="shares", about="The share of each table that was set aside.", rules=rules)
 
 
 def _domains(rules: Rules, meta: Mapping[str, Any], columns: list[str]) -> None:
@@ -311,6 +314,6 @@ def check_domains(raw: Mapping[str, pl.DataFrame], meta: Mapping[str, Any]) -> N
     for column in meta.get("domains", {}):
         if column not in known:
             raise DataError(
-                f"meta.json names the domain of a column {column!r} that no table has. Known: {', '.join(sorted(known))}. "
-                "Mend the adapter and ingest again."
+                f"meta.json names the domain of a column {column!r} that no table has. "
+                f"The columns are {', '.join(sorted(known))}. Mend the adapter and ingest again."
             )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import great_expectations.expectations as gxe
 
 TABLES = ("events", "items", "pictures", "users")
+# Failing values that the Data Docs show of a rule.
+_SAMPLES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +37,8 @@ class Rule:
     expectation: gxe.Expectation
     stop_share: float
     warn_share: float
-    setting: str
-    """The setting of the contract that a person changes to allow more, or another range."""
+    settings: tuple[str, ...]
+    """Settings of the contract that a person may change to let more rows pass."""
 
     @property
     def table(self) -> str:
@@ -91,11 +93,13 @@ class Report:
 
 @dataclass(kw_only=True)
 class Rules:
-    """Makes the rules of one table with its shares. ``warn_only`` rules never stop a run."""
+    """Makes the rules of one table with its shares."""
 
     table: str
     stop_share: float
     warn_share: float
+    has_setting: bool = False
+    """The contract has a setting ``stop_share_TABLE``."""
     rules: list[Rule] = field(default_factory=list)
 
     def add(
@@ -103,19 +107,18 @@ class Rules:
         what: str,
         wanted: str,
         reason: str,
-        kind: type[gxe.Expectation],
+        kind: Callable[..., gxe.Expectation],
         *,
-        setting: str | None = None,
+        settings: tuple[str, ...] = (),
         stop_share: float | None = None,
         **kwargs: Any,
     ) -> Rules:
-        """Append a rule about rows: ``kind(**kwargs)`` holds for all but ``stop_share`` of them."""
+        """Append a rule about rows: ``kind(**kwargs)`` holds for all but ``stop_share`` of them. ``settings`` names
+        settings of the contract that move the rule, beside the share it may fail for."""
         share = self.stop_share if stop_share is None else stop_share
         name = f"{self.table}.{what}"
-        allowed = f" (at most {share:.4g} of the rows may fail)" if share else ""
-        expectation = kind(
-            mostly=1.0 - share, description=f"{name}: {wanted}{allowed}", meta={"rule": name}, **kwargs
-        )
+        allowed = f" (at most {percent(share)} may fail)" if share else ""
+        expectation = kind(mostly=1.0 - share, description=f"{name}: {wanted}{allowed}", meta={"rule": name}, **kwargs)
         self.rules.append(
             Rule(
                 name=name,
@@ -124,10 +127,13 @@ class Rules:
                 expectation=expectation,
                 stop_share=share,
                 warn_share=self.warn_share,
-                setting=f"stop_share_{self.table}" if setting is None else setting,
+                settings=settings if stop_share is not None else (*settings, *self._share_setting()),
             )
         )
         return self
+
+    def _share_setting(self) -> tuple[str, ...]:
+        return (f"stop_share_{self.table}",) if self.has_setting else ()
 
     def not_null(self, column: str) -> Rules:
         import great_expectations.expectations as gxe
@@ -177,18 +183,25 @@ class Rules:
         )
 
     def between(
-        self, column: str, low: Any, high: Any, *, above: bool = False, setting: str | None = None, words: str = ""
+        self,
+        column: str,
+        low: Any,
+        high: Any,
+        *,
+        above: bool = False,
+        settings: tuple[str, ...] = (),
+        words: str = "",
     ) -> Rules:
         """``low <= column <= high``, or ``low < column`` where ``above``; nulls pass."""
         import great_expectations.expectations as gxe
 
-        words = words or f"{'above' if above else 'at least'} {low} and at most {high}"
+        words = words or f"{'above' if above else 'at least'} {low:g} and at most {high:g}"
         return self.add(
             f"{column}_range",
             f"{column} is {words}",
-            f"{column} is not {words}",
+            f"{column} is out of range ({words})",
             gxe.ExpectColumnValuesToBeBetween,
-            setting=setting,
+            settings=settings,
             column=column,
             min_value=low,
             max_value=high,
@@ -201,14 +214,19 @@ class Rules:
 
         return self.add(what, wanted, reason, gxe.ExpectColumnValuesToNotBeNull, column=column)
 
-    def at_least_rows(self, what: str, count: int, wanted: str, reason: str, setting: str) -> Rules:
-        """A rule about the whole frame: it has at least ``count`` rows."""
-        import great_expectations.expectations as gxe
-
+    def whole(
+        self,
+        what: str,
+        wanted: str,
+        reason: str,
+        kind: Callable[..., gxe.Expectation],
+        *,
+        settings: tuple[str, ...],
+        **kwargs: Any,
+    ) -> Rules:
+        """Append a rule about the whole frame, such as how many rows it has: it holds or it does not."""
         name = f"{self.table}.{what}"
-        expectation = gxe.ExpectTableRowCountToBeBetween(
-            min_value=count, description=f"{name}: {wanted}", meta={"rule": name}
-        )
+        expectation = kind(description=f"{name}: {wanted}", meta={"rule": name}, **kwargs)
         self.rules.append(
             Rule(
                 name=name,
@@ -217,7 +235,7 @@ class Rules:
                 expectation=expectation,
                 stop_share=0.0,
                 warn_share=0.0,
-                setting=setting,
+                settings=settings,
             )
         )
         return self
@@ -229,12 +247,20 @@ class Checker:
     def __init__(self) -> None:
         os.environ["GX_ANALYTICS_ENABLED"] = "False"
         import great_expectations as gx
-        from great_expectations.data_context.types.base import ProgressBarsConfig
+        from great_expectations.data_context.types.base import (
+            DataContextConfig,
+            InMemoryStoreBackendDefaults,
+            ProgressBarsConfig,
+        )
 
-        self._context = gx.get_context(mode="ephemeral")
-        self._context.enable_analytics(False)
-        self._context.variables.progress_bars = ProgressBarsConfig(globally=False)
-        self._source = self._context.data_sources.add_pandas("raw")
+        # By default even an in-memory context makes a folder below /tmp for its own docs.
+        stores = InMemoryStoreBackendDefaults(init_temp_docs_sites=False)
+        project = DataContextConfig(
+            store_backend_defaults=stores, analytics_enabled=False, progress_bars=ProgressBarsConfig(globally=False)
+        )
+        context = gx.get_context(mode="ephemeral", project_config=project)
+        asset = context.data_sources.add_pandas("raw").add_dataframe_asset("tables")
+        self._frames = asset.add_batch_definition_whole_dataframe("frame")
         self.reports: list[Report] = []
 
     def check(self, suite: Suite, frame: pl.DataFrame) -> Report:
@@ -246,24 +272,39 @@ class Checker:
         """
         import great_expectations as gx
 
-        asset = self._source.add_dataframe_asset(suite.name)
         # A frame without columns would lose its length, which rules about whole tables look at.
         columns = suite.columns or frame.columns[:1]
-        batch = asset.add_batch_definition_whole_dataframe("all").get_batch(
-            {"dataframe": frame.select(columns).to_pandas()}
-        )
+        batch = self._frames.get_batch({"dataframe": frame.select(columns).to_pandas()})
         expectations = gx.ExpectationSuite(name=suite.name, expectations=[rule.expectation for rule in suite.rules])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pandas, about how Great Expectations calls it
             result = batch.validate(
                 expectations,
-                result_format={"result_format": "COMPLETE", "return_unexpected_index_query": False},
+                result_format={
+                    "result_format": "COMPLETE",
+                    "return_unexpected_index_query": False,
+                    "partial_unexpected_count": _SAMPLES,
+                },
             )
-        by_name = {each.expectation_config.meta["rule"]: each for each in result.results}
+        by_name = {_rule_name(each): each for each in result.results}
         verdicts = [_verdict(rule, by_name[rule.name], frame.height) for rule in suite.rules]
         report = Report(suite=suite, verdicts=verdicts, result=result)
         self.reports.append(report)
         return report
+
+
+def percent(share: float) -> str:
+    """A share in the words of people.
+
+    Example:
+        >>> percent(0.1), percent(0.00031234)
+        ('10 %', '0.03123 %')
+    """
+    return f"{100 * share:.4g} %"
+
+
+def _rule_name(outcome: Any) -> str:
+    return str(outcome.expectation_config.meta["rule"])
 
 
 def _verdict(rule: Rule, outcome: Any, height: int) -> Verdict:
@@ -276,7 +317,8 @@ def _verdict(rule: Rule, outcome: Any, height: int) -> Verdict:
     if "observed_value" in found:
         ok = bool(outcome.success)
         seen = str(found["observed_value"])
-        return Verdict(rule=rule, rows=np.empty(0, np.int64), checked=height, share=0.0 if ok else 1.0, ok=ok, seen=seen)
+        none = np.empty(0, np.int64)
+        return Verdict(rule=rule, rows=none, checked=height, share=0.0 if ok else 1.0, ok=ok, seen=seen)
     raise DataError(
         f"Great Expectations could not work out the rule {rule.name!r} ({rule.wanted}): {_raised(outcome)}. "
         "Check the values of that column with `couturier ingest`."
@@ -284,7 +326,7 @@ def _verdict(rule: Rule, outcome: Any, height: int) -> Verdict:
 
 
 def _raised(outcome: Any) -> str:
-    messages = [outcome.exception_info, *outcome.exception_info.values()]
-    texts = [str(entry["exception_message"]) for entry in messages if isinstance(entry, dict) and entry.get("exception_message")]
+    info = outcome.exception_info  # one record, or one a metric
+    records = [record for record in (info, *info.values()) if isinstance(record, dict)]
+    texts = [str(record["exception_message"]) for record in records if record.get("exception_message")]
     return texts[0] if texts else "it gave no result"
-

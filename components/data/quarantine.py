@@ -22,7 +22,7 @@ from couturier.components.data.expectations import Report, Rule
 from couturier.components.errors import DataError
 
 QUARANTINE = "quarantine.parquet"
-SCHEMA = {
+SCHEMA: dict[str, pl.DataType | type[pl.DataType]] = {
     "table": pl.String,
     "row": pl.Int64,
     "rules": pl.List(pl.String),
@@ -107,9 +107,7 @@ def explain_quarantine(folder: Path) -> pl.DataFrame:
 
 
 def _failed(rule: Rule, rows: np.ndarray, because: pl.Series | None) -> pl.DataFrame:
-    failed = pl.DataFrame(
-        {"row": pl.Series(rows, dtype=pl.Int64)}
-    ).with_columns(
+    failed = pl.DataFrame({"row": pl.Series(rows, dtype=pl.Int64)}).with_columns(
         rules=pl.lit(rule.name),
         expectations=pl.lit(rule.expectation.expectation_type),
         reason=pl.lit(rule.reason),

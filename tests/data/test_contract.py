@@ -1,0 +1,503 @@
+"""The contract on small tables with planted dirt: every rule catches its own, nothing is lost, and docs open offline."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from couturier.components.data import contract
+from couturier.components.data.contract import Config, contract_summary, explain_quarantine
+from couturier.components.data.formats import EVENT_COLUMNS
+from couturier.components.data.quarantine import QUARANTINE
+from couturier.components.data.raw import PICTURE_SCHEMA
+from couturier.components.errors import ConfigError, ContractError, DataError
+from couturier.components.lineage.stages import StageContext
+from couturier.components.lineage.workspace import Workspace
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+SIZE = 2
+TABLES = ("events", "items", "pictures", "users")
+START = datetime(2020, 1, 1, tzinfo=UTC)
+Tables = dict[str, pl.DataFrame]
+
+
+def clean(users: int = 25, items: int = 10) -> Tables:
+    """Tables that break no rule: every user takes two items in each of four baskets."""
+    events = [
+        {
+            "user_id": f"u{user:02}",
+            "item_id": f"i{(user + 3 * basket + piece) % items}",
+            "timestamp": START + timedelta(days=basket, minutes=user),
+            "kind": "purchase",
+            "value": 1.5 + piece,
+            "quantity": 1.0 + basket,
+            "group_id": f"b{user:02}-{basket}",
+        }
+        for basket in range(4)
+        for user in range(users)
+        for piece in range(2)
+    ]
+    ids = [f"i{item}" for item in range(items)]
+    rgb = [bytes([item] * (SIZE * SIZE * 3)) for item in range(items)]
+    sides = [SIZE] * items
+    return {
+        "events": pl.DataFrame(events, schema={**EVENT_COLUMNS, "quantity": pl.Float64, "group_id": pl.String}),
+        "items": pl.DataFrame(
+            {
+                "item_id": ids,
+                "title": [f"Item {name}" for name in ids],
+                "text": ids,
+                "category": ["MILK", "BREAD"] * (items // 2),
+                "price": [2.5] * items,
+            }
+        ),
+        "pictures": pl.DataFrame(
+            {"item_id": ids, "height": sides, "width": sides, "rgb": rgb, "error": [None] * items},
+            schema=PICTURE_SCHEMA,
+        ),
+        "users": pl.DataFrame({"user_id": [f"u{user:02}" for user in range(users)], "age": ["30-39"] * users}),
+    }
+
+
+def context(folder: Path, tables: Tables, config: Config | None = None, **meta: Any) -> StageContext:
+    """A stage context on ``tables`` written as raw data below ``folder``."""
+    data = folder / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    for name, frame in tables.items():
+        frame.write_parquet(data / f"{name}.parquet")
+    default = {
+        "adapter": "test",
+        "settings": {"picture_size": SIZE},
+        "attributes": ["category"],
+        "domains": {"category": ["BREAD", "MILK"]},
+        "attribution": "none",
+    }
+    (data / "meta.json").write_text(json.dumps(default | meta))
+    out, scratch = folder / "out", folder / "scratch"
+    out.mkdir()
+    scratch.mkdir()
+    workspace = Workspace(project=folder, root=folder / ".couturier")
+    return StageContext(inputs={}, config=config or Config(), out=out, scratch=scratch, workspace=workspace)
+
+
+def change(tables: Tables, table: str, row: int, **values: Any) -> Tables:
+    """``tables`` with some values of one row replaced."""
+    frame = tables[table]
+    here = pl.int_range(pl.len()) == row
+    changed = [
+        pl.when(here).then(pl.lit(value, dtype=frame.schema[name])).otherwise(pl.col(name)).alias(name)
+        for name, value in values.items()
+    ]
+    return {**tables, table: frame.with_columns(changed)}
+
+
+def run(folder: Path, tables: Tables, config: Config | None = None, **meta: Any) -> StageContext:
+    ctx = context(folder, tables, config, **meta)
+    contract.run(ctx)
+    return ctx
+
+
+LENIENT = Config(
+    stop_share_events=1.0, stop_share_items=1.0, stop_share_pictures=1.0, stop_share_users=1.0, min_users=1
+)
+
+
+def quarantined(ctx: StageContext) -> dict[tuple[str, int], list[str]]:
+    frame = pl.read_parquet(ctx.out / QUARANTINE)
+    return {(row["table"], row["row"]): row["rules"] for row in frame.to_dicts()}
+
+
+def assert_split(ctx: StageContext, tables: Tables) -> None:
+    """kept + quarantined = raw, as multisets of rows and as figures, for every table."""
+    aside = pl.read_parquet(ctx.out / QUARANTINE)
+    assert aside.select("table", "row").is_duplicated().sum() == 0
+    for table in TABLES:
+        raw, rows = tables[table], aside.filter(pl.col("table") == table)["row"]
+        kept = pl.read_parquet(ctx.out / f"{table}.parquet")
+        together = pl.concat([kept, raw[rows.to_numpy()]])
+        assert sorted(map(repr, together.rows())) == sorted(map(repr, raw.rows()))
+        facts = ctx.facts[table]
+        assert (facts["raw"], facts["kept"], facts["quarantined"]) == (raw.height, kept.height, len(rows))
+
+
+def test_clean_tables_pass_untouched_and_sorted(tmp_path: Path) -> None:
+    tables = clean()
+    ctx = run(tmp_path, tables)
+    assert quarantined(ctx) == {}
+    assert ctx.facts["warnings"] == []
+    assert ctx.facts["users_with_history"] == 25
+    assert_split(ctx, tables)
+    kept = pl.read_parquet(ctx.out / "events.parquet")
+    assert kept.schema == tables["events"].schema
+    assert kept.equals(tables["events"].sort("user_id", "timestamp", "group_id", "item_id"))
+    meta = json.loads((ctx.out / "meta.json").read_text())
+    assert meta["rows"] == {table: tables[table].height for table in TABLES}
+    assert meta["attributes"] == ["category"]
+
+
+LATE = datetime(2200, 1, 1, tzinfo=UTC)
+# Row k of a table gets its k-th defect; item 40 + k is the partner of a duplicate.
+PLANTED: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "events": [
+        ("user_id_not_null", {"user_id": None}),
+        ("user_id_not_blank", {"user_id": ""}),
+        ("item_id_not_null", {"item_id": None}),
+        ("item_exists", {"item_id": "nowhere"}),
+        ("timestamp_not_null", {"timestamp": None}),
+        ("timestamp_range", {"timestamp": LATE}),
+        ("kind_not_null", {"kind": None}),
+        ("kind_not_blank", {"kind": ""}),
+        ("value_not_null", {"value": None}),
+        ("value_range", {"value": 0.0}),
+        ("value_range", {"value": 1e6}),
+        ("quantity_range", {"quantity": 0.0}),
+        ("quantity_range", {"quantity": 89638.0}),
+    ],
+    "items": [
+        ("item_id_not_null", {"item_id": None}),
+        ("item_id_unique", {"item_id": "i40"}),
+        ("title_not_null", {"title": None}),
+        ("title_not_blank", {"title": ""}),
+        ("text_not_null", {"text": None}),
+        ("category_not_null", {"category": None}),
+        ("category_domain", {"category": "COUPON/MISC ITEMS"}),
+        ("price_range", {"price": 0.0}),
+    ],
+    "pictures": [
+        ("item_id_not_null", {"item_id": None}),
+        ("item_id_unique", {"item_id": "i40"}),
+        ("item_exists", {"item_id": "nowhere"}),
+        ("decoded", {"error": "truncated file"}),
+        ("rgb_not_null", {"rgb": None}),
+        ("rgb_bytes_size", {"rgb": b"123"}),
+        ("height_size", {"height": 64}),
+        ("width_size", {"width": 64}),
+    ],
+    "users": [
+        ("user_id_not_null", {"user_id": None}),
+        ("user_id_not_blank", {"user_id": ""}),
+        ("user_id_unique", {"user_id": "u40"}),
+    ],
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_planted_defect_is_caught_and_named_by_its_own_rule(tmp_path: Path, table: str) -> None:
+    tables = clean(users=50, items=50)
+    for row, (_, values) in enumerate(PLANTED[table]):
+        tables = change(tables, table, row, **values)
+    ctx = run(tmp_path, tables, LENIENT)
+    assert_split(ctx, tables)
+    found = quarantined(ctx)
+    for row, (what, _) in enumerate(PLANTED[table]):
+        rule = f"{table}.{what}"
+        assert found[(table, row)] == [rule], rule
+        assert any(warning.startswith(f"{rule}:") for warning in ctx.facts["warnings"]), rule
+    counts = {f"{table}.{what}": 0 for what, _ in PLANTED[table]}
+    for rules in (rules for (name, _), rules in found.items() if name == table):
+        for rule in rules:
+            counts[rule] = counts.get(rule, 0) + 1
+    assert ctx.facts[table]["failed"] == counts
+
+
+def test_blank_ids_of_items_and_pictures_are_caught(tmp_path: Path) -> None:
+    ctx = run(tmp_path, change(change(clean(), "items", 3, item_id=""), "pictures", 4, item_id=""), LENIENT)
+    found = quarantined(ctx)
+    assert "items.item_id_not_blank" in found[("items", 3)]
+    assert found[("items", 4)] == ["items.has_picture"]
+    assert "pictures.item_id_not_blank" in found[("pictures", 4)]
+
+
+def test_a_row_that_breaks_several_rules_is_set_aside_once_with_all_of_them(tmp_path: Path) -> None:
+    tables = change(clean(), "events", 5, value=-1.0, quantity=0.0, kind=None)
+    ctx = run(tmp_path, tables, LENIENT)
+    assert quarantined(ctx) == {("events", 5): ["events.kind_not_null", "events.value_range", "events.quantity_range"]}
+    row = pl.read_parquet(ctx.out / QUARANTINE).row(0, named=True)
+    assert row["reason"] == (
+        "kind is null; value is out of range (above 0 and at most 1000); "
+        "quantity is out of range (above 0 and at most 100)"
+    )
+    assert row["expectations"][0] == "expect_column_values_to_not_be_null"
+    assert json.loads(row["json"])["quantity"] == 0.0
+    assert json.loads(row["json"])["user_id"] == tables["events"]["user_id"][5]
+
+
+def test_events_of_a_quarantined_item_follow_it_and_say_why(tmp_path: Path) -> None:
+    tables = change(clean(), "items", 3, category="FUEL")
+    ctx = run(tmp_path, tables, LENIENT)
+    of_item = tables["events"].with_row_index().filter(pl.col("item_id") == "i3")["index"].to_list()
+    found = quarantined(ctx)
+    assert [row for (table, row) in found if table == "events"] == of_item
+    assert all(found[("events", row)] == ["events.item_kept"] for row in of_item)
+    assert found[("pictures", 3)] == ["pictures.item_kept"]
+    explained = explain_quarantine(ctx.out).filter(pl.col("table") == "events").to_dicts()
+    assert len(explained) == 1
+    assert explained[0]["rows"] == len(of_item)
+    assert explained[0]["reason"] == (
+        "its item is in quarantine (category is not one of the values that the adapter test allows)"
+    )
+
+
+def test_the_reason_a_picture_failed_reaches_its_events(tmp_path: Path) -> None:
+    ctx = run(tmp_path, change(clean(), "pictures", 3, rgb=None, error="not an image"), LENIENT)
+    reasons = explain_quarantine(ctx.out)
+    of_events = reasons.filter(pl.col("table") == "events")["reason"].to_list()
+    assert of_events == ["its item is in quarantine (the item has no usable picture (not an image))"]
+    of_pictures = reasons.filter(pl.col("table") == "pictures")["reason"].to_list()
+    assert of_pictures == ["the picture could not be made; the picture has no bytes"]
+
+
+def test_thresholds_warn_first_and_then_stop(tmp_path: Path) -> None:
+    tables = change(clean(), "events", 5, quantity=0.0)  # one of 200 events: 0.5 %
+    quiet = run(tmp_path / "quiet", tables, Config(warn_share=0.005))
+    assert quiet.facts["warnings"] == []
+    warned = run(tmp_path / "warned", tables, Config(warn_share=0.0049))
+    assert [warning.partition(":")[0] for warning in warned.facts["warnings"]] == ["events.quantity_range"]
+    run(tmp_path / "edge", tables, Config(stop_share_events=0.005))
+    ctx = context(tmp_path / "stopped", tables, Config(stop_share_events=0.0049))
+    with pytest.raises(ContractError) as caught:
+        contract.run(ctx)
+    said = str(caught.value)
+    for part in (
+        "'events.quantity_range'",
+        "1 of 200 rows (0.5 %)",
+        "0.49 % may fail",
+        "row 5",
+        "quantity=0.0",
+        "user_id=u02",
+    ):
+        assert part in said
+    assert "contract.quantity_max" in said
+    assert "contract.stop_share_events" in said
+    assert not any(ctx.out.iterdir())
+    refused = ctx.scratch / "refused"
+    assert str(refused) in said
+    assert pl.read_parquet(refused / QUARANTINE).height == 1
+    assert "events.quantity_range" in (refused / "docs" / "index.html").read_text()
+
+
+def test_many_small_failures_together_stop_too(tmp_path: Path) -> None:
+    tables = clean()
+    for row, values in enumerate(({"value": 0.0}, {"quantity": 0.0}, {"kind": None})):
+        tables = change(tables, "events", row, **values)
+    with pytest.raises(ContractError, match=r"events\.share_set_aside.*0\.015 seen.*stop_share_events"):
+        run(tmp_path, tables, Config(stop_share_events=0.01))
+
+
+def test_too_few_users_with_history_stop_the_run(tmp_path: Path) -> None:
+    with pytest.raises(ContractError, match=r"users\.enough.*at least 30 users.*25 seen.*contract\.min_users"):
+        run(tmp_path / "few", clean(), Config(min_users=30))
+    with pytest.raises(ContractError, match=r"users\.enough.*0 seen"):
+        run(tmp_path / "short", clean(), Config(min_groups=5))
+    short = run(tmp_path / "warned", clean(), Config(min_groups=5, min_users=0))
+    assert [warning.partition(":")[0] for warning in short.facts["warnings"]] == ["users.history"]
+
+
+Breaker = Callable[[Tables], Tables]
+BROKEN: list[tuple[str, Breaker, str]] = [
+    (
+        "column",
+        lambda t: {**t, "events": t["events"].drop("value")},
+        "table=events, column=value, wanted=Float64, seen=abs",
+    ),
+    ("type", lambda t: {**t, "items": t["items"].with_columns(title=pl.lit(1))}, "table=items, column=title"),
+    (
+        "zone",
+        lambda t: {**t, "events": t["events"].with_columns(pl.col("timestamp").dt.replace_time_zone(None))},
+        "column=timestamp",
+    ),
+    ("attribute", lambda t: {**t, "items": t["items"].drop("category")}, "no table has"),
+    ("empty", lambda t: {**t, "events": t["events"].clear()}, "table=events, rows=0"),
+    ("pictures", lambda t: {**t, "pictures": t["pictures"].drop("rgb")}, "table=pictures, column=rgb"),
+]
+
+
+@pytest.mark.parametrize(("name", "breaker", "said"), BROKEN, ids=[name for name, _, _ in BROKEN])
+def test_a_wrong_structure_stops_at_once(tmp_path: Path, name: str, breaker: Breaker, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        run(tmp_path, breaker(clean()), LENIENT)
+
+
+def test_missing_or_broken_files_say_what_to_do(tmp_path: Path) -> None:
+    ctx = context(tmp_path, clean())
+    (tmp_path / "data" / "items.parquet").write_bytes(b"no parquet")
+    with pytest.raises(DataError, match=r"items\.parquet cannot be read.*couturier ingest"):
+        contract.run(ctx)
+    (tmp_path / "data" / "items.parquet").unlink()
+    with pytest.raises(DataError, match=r"items\.parquet is missing.*couturier ingest"):
+        contract.run(ctx)
+    with pytest.raises(DataError, match="couturier validate"):
+        explain_quarantine(tmp_path)
+
+
+def test_settings_out_of_range_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"contract\.stop_share_items is 2"):
+        Config(stop_share_items=2.0)
+    with pytest.raises(ConfigError, match=r"contract\.latest is 'soon'"):
+        Config(latest="soon")
+    with pytest.raises(ConfigError, match="not before"):
+        Config(earliest="2020-01-01", latest="2019-01-01")
+
+
+def test_the_same_data_give_the_same_bytes_and_nothing_is_written_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the contract called the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home)
+    tables = change(change(clean(), "items", 3, category="FUEL"), "events", 9, value=None)
+    first, second = run(tmp_path / "1", tables, LENIENT), run(tmp_path / "2", tables, LENIENT)
+    assert _contents(first.out) == _contents(second.out)
+    assert first.facts == second.facts
+    assert list(home.iterdir()) == []
+    assert sorted(path.name for path in (tmp_path / "1").iterdir()) == ["data", "out", "scratch"]
+    assert list(first.scratch.iterdir()) == []
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_the_order_of_raw_rows_does_not_change_what_is_kept(tmp_path: Path) -> None:
+    tables = change(clean(), "items", 3, category="FUEL")
+    mixed = {name: frame.sample(fraction=1.0, shuffle=True, seed=1) for name, frame in tables.items()}
+    first, second = run(tmp_path / "1", tables, LENIENT), run(tmp_path / "2", mixed, LENIENT)
+    for table in TABLES:
+        name = f"{table}.parquet"
+        assert (first.out / name).read_bytes() == (second.out / name).read_bytes()
+
+
+def test_the_docs_open_offline_and_show_what_happened(tmp_path: Path) -> None:
+    tables = change(clean(), "items", 3, category="<script>alert(1)</script>")
+    tables["items"] = tables["items"].with_columns(pl.lit("x").alias("<b>odd</b>"))
+    domains = {"category": ["BREAD", "MILK"], "<b>odd</b>": ["<i>y</i>"]}
+    ctx = run(tmp_path, tables, LENIENT, domains=domains)
+    pages = {path.name: path.read_text() for path in (ctx.out / "docs").glob("*.html")}
+    for name, page in pages.items():
+        assert "<script" not in page, name
+        assert "<link" not in page, name
+        assert "<b>odd" not in page and "<i>y" not in page, name
+        assert not re.search(r"""(src|href)=["']?(https?:)?//""", page), name
+        assert not re.search(r"@import|url\(", page), name
+        assert "<style>" in page
+        for target in re.findall(r"""href=["']?([^"' >]+\.html)""", page):
+            assert target in pages, (name, target)
+    assert '<div class="show-scrollbars">&lt;script&gt;alert(1)&lt;/script&gt;</div>' in pages["items.html"]
+    assert "items.category_domain" in pages["index.html"]
+    assert "kept + quarantined = raw" in pages["index.html"]
+    assert "expectations met on 10 rows" in pages["items.html"]
+
+
+def test_the_summary_has_a_row_a_table(tmp_path: Path) -> None:
+    tables = change(change(clean(), "events", 5, quantity=0.0, value=0.0), "events", 6, value=0.0)
+    summary = contract_summary(run(tmp_path, tables).facts)
+    assert [row["table"] for row in summary] == list(TABLES)
+    assert summary[0] == {
+        "table": "events",
+        "raw": 200,
+        "kept": 198,
+        "quarantined": 2,
+        "share": 0.01,
+        "rules": "value_range 2, quantity_range 1",
+    }
+    assert summary[1]["rules"] == ""
+
+
+def test_events_without_quantity_or_groups_count_moments_as_groups(tmp_path: Path) -> None:
+    tables = clean()
+    ctx = run(tmp_path, {**tables, "events": tables["events"].drop("quantity", "group_id")})
+    assert quarantined(ctx) == {}
+    assert ctx.facts["users_with_history"] == 25
+
+
+# What a dirty table may hold in any cell; the clean value is drawn most of the time.
+DIRT: dict[str, dict[str, list[Any]]] = {
+    "events": {
+        "user_id": [None, ""],
+        "item_id": [None, "", "nowhere", "i1"],
+        "timestamp": [None, LATE, datetime(1901, 1, 1, tzinfo=UTC)],
+        "kind": [None, "", "view"],
+        "value": [None, 0.0, -3.0, 1e9, float("nan"), float("inf")],
+        "quantity": [None, 0.0, -1.0, 101.0, float("nan")],
+        "group_id": [None],
+    },
+    "items": {"item_id": [None, "", "i1"], "title": [None, ""], "text": [None], "category": [None, "FUEL"]},
+    "pictures": {
+        "item_id": [None, "", "i1", "nowhere"],
+        "height": [None, 3],
+        "width": [None, 1],
+        "rgb": [None, b"", b"12"],
+        "error": ["broken"],
+    },
+    "users": {"user_id": [None, "", "u01"], "age": [None]},
+}
+
+
+@st.composite
+def dirty_tables(draw: st.DrawFn) -> Tables:
+    tables = clean(users=4)
+    spots = [(table, column) for table, columns in DIRT.items() for column in columns]
+    for table, column in draw(st.lists(st.sampled_from(spots), max_size=40)):
+        row = draw(st.integers(0, tables[table].height - 1))
+        tables = change(tables, table, row, **{column: draw(st.sampled_from(DIRT[table][column]))})
+    return tables
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(tables=dirty_tables())
+def test_nothing_is_lost_and_no_kept_row_breaks_a_rule(
+    tmp_path_factory: pytest.TempPathFactory, tables: Tables
+) -> None:
+    ctx = context(tmp_path_factory.mktemp("dirty"), tables, LENIENT)
+    try:
+        contract.run(ctx)
+    except ContractError as error:  # too few users are left: nothing is kept then, by intent
+        assert "users.enough" in str(error)
+        return
+    assert_split(ctx, tables)
+    kept = {table: pl.read_parquet(ctx.out / f"{table}.parquet") for table in TABLES}
+    items = set(kept["items"]["item_id"])
+    assert len(items) == kept["items"].height
+    assert items == set(kept["pictures"]["item_id"]) and len(items) == kept["pictures"].height
+    assert not items & {None, ""}
+    assert all(row["title"] and row["text"] is not None for row in kept["items"].to_dicts())
+    assert set(kept["items"]["category"]) <= {"MILK", "BREAD"}
+    for row in kept["pictures"].to_dicts():
+        assert (row["height"], row["width"], len(row["rgb"]), row["error"]) == (SIZE, SIZE, SIZE * SIZE * 3, None)
+    for row in kept["events"].to_dicts():
+        assert row["user_id"] and row["item_id"] in items and row["kind"]
+        assert datetime(1990, 1, 1, tzinfo=UTC) <= row["timestamp"] <= datetime(2100, 1, 1, tzinfo=UTC)
+        assert 0 < row["value"] <= 1000
+        assert row["quantity"] is None or row["quantity"] != row["quantity"] or 0 < row["quantity"] <= 100
+    assert (
+        kept["events"]
+        .select("user_id", "timestamp")
+        .equals(kept["events"].select("user_id", "timestamp").sort(pl.all()))
+    )
+    users = kept["users"]["user_id"].to_list()
+    assert all(users) and len(set(users)) == len(users)
+    assert _every_failure_is_real(ctx, tables)
+
+
+def _every_failure_is_real(ctx: StageContext, tables: Tables) -> bool:
+    """Cleaning is not careless: a row was set aside only if a cell of it is dirty, or its item or picture was."""
+    good = clean(users=4)
+    for (table, row), rules in quarantined(ctx).items():
+        linked = {"events.item_kept", "items.has_picture", "pictures.item_kept", "pictures.item_exists"}
+        same_id = {"items.item_id_unique", "pictures.item_id_unique", "users.user_id_unique", "events.item_exists"}
+        if not set(rules) & (linked | same_id) and tables[table].row(row) == good[table].row(row):
+            return False
+    return True
