@@ -218,7 +218,8 @@ def write_bundle(
 def _typical(people: Windows) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Median weight and age in days by place in the history, over the people who have that many items."""
     real = people.favourites_WK >= 0
-    weights, ages = [], []
+    weights: list[float] = []
+    ages: list[float] = []
     for place in range(real.shape[1]):
         has = real[:, place]
         weights.append(float(np.median(people.weight_WK[has, place])) if has.any() else (weights or [1.0])[-1])

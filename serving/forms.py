@@ -39,9 +39,12 @@ class _Form(BaseModel):
 class _About(_Form):
     """Whom it is about: a known person, or a history of item ids."""
 
-    user_id: Id | None = Field(None, description="A person whose history the model knows.")
+    user_id: Id | None = Field(default=None, description="A person whose history the model knows.")
     history: list[Id] | None = Field(
-        None, min_length=1, max_length=MAX_HISTORY, description="Item ids, the favourite first; instead of user_id."
+        default=None,
+        min_length=1,
+        max_length=MAX_HISTORY,
+        description="Item ids, the favourite first; instead of user_id.",
     )
 
     @model_validator(mode="after")
@@ -54,10 +57,12 @@ class _About(_Form):
 class GenerateForm(_About):
     """Draw pictures for one person."""
 
-    n: int = Field(4, ge=1, le=MAX_PICTURES, description="How many pictures.")
-    guidance: float = Field(1.0, ge=GUIDANCE[0], le=GUIDANCE[1], description="0 ignores the history, 1 follows it.")
-    temperature: float = Field(1.0, ge=TEMPERATURE[0], le=TEMPERATURE[1], description="Higher is more varied.")
-    seed: int = Field(0, ge=0, le=MAX_SEED, description="The same seed draws the same pictures.")
+    n: int = Field(default=4, ge=1, le=MAX_PICTURES, description="How many pictures.")
+    guidance: float = Field(
+        default=1.0, ge=GUIDANCE[0], le=GUIDANCE[1], description="0 ignores the history, 1 follows it."
+    )
+    temperature: float = Field(default=1.0, ge=TEMPERATURE[0], le=TEMPERATURE[1], description="Higher is more varied.")
+    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="The same seed draws the same pictures.")
 
     def sampling(self) -> Sampling:
         return Sampling(n=self.n, guidance=self.guidance, temperature=self.temperature, seed=self.seed)
@@ -73,12 +78,12 @@ class FeedbackForm(_Form):
     """One event: what a person did with a real item or with a picture that was drawn here."""
 
     user_id: Id
-    item_id: Id | None = Field(None, description="An item of the catalogue.")
+    item_id: Id | None = Field(default=None, description="An item of the catalogue.")
     generation_id: Id | None = Field(
-        None, description="The id of a picture that this service drew; instead of item_id."
+        default=None, description="The id of a picture that this service drew; instead of item_id."
     )
     kind: Literal["like", "dislike", "view", "purchase"]
-    value: float = Field(1.0, ge=-1000.0, le=1000.0)
+    value: float = Field(default=1.0, ge=-1000.0, le=1000.0)
 
     @model_validator(mode="after")
     def _one_of_the_two(self) -> FeedbackForm:
@@ -97,7 +102,7 @@ class PeopleForm(_Form):
     """List people whose history is known."""
 
     prefix: Annotated[str, StringConstraints(max_length=128)] = ""
-    limit: int = Field(50, ge=1, le=200)
+    limit: int = Field(default=50, ge=1, le=200)
 
 
 class VersionForm(_Form):

@@ -253,25 +253,34 @@ def prove(tag: str, golden: Golden, config: Config, ctx: StageContext) -> dict[s
         log=ctx.scratch / "serve.log",
         timeout_s=config.boot_timeout_s,
     ) as served:
-        client = served.client
-        if client.version()["bento"] != tag:
-            raise LineageError(f"the service on {served.url} is {client.version()['bento']}, wanted {tag}.")
-        for name, form in golden.forms.items():
-            for number, picture in enumerate(client.generate(**form)["pictures"]):
-                if picture["png"] != golden.pngs[f"{name}-{number}"]:
-                    raise LineageError(
-                        f"picture {number} of golden request {name!r} differs between {tag} and this process. "
-                        "Training and serving no longer prepare or draw alike; look at serving/bundle.py."
-                    )
-        ranked = client.score(history=golden.items, item_ids=golden.items)["items"]
-        if {item["item_id"]: item["score"] for item in ranked} != golden.scores:
-            raise LineageError(f"the judge's scores differ between the bento {tag} and this process.")
-        client.feedback(user_id="golden", item_id=golden.items[0], kind="like", value=1.0)
-        _refuses_pickle(client)
-        latency_ms = _latency_ms(client, golden, config.latency_requests)
+        compare(served.client, tag, golden)
+        latency_ms = _latency_ms(served.client, golden, config.latency_requests)
     if sum(file.read_text(encoding="utf-8").count("\n") for file in feedback.glob("*.jsonl")) != 1:
         raise LineageError(f"the bento {tag} did not keep one feedback event exactly once.")
     return {"boot_s": round(served.boot_s, 2), "latency_ms": latency_ms}
+
+
+def compare(client: Client, tag: str, golden: Golden) -> None:
+    """Ask a running service everything once and hold its answers against this process, bit for bit.
+
+    Raises:
+        LineageError: an answer is not what this process computes.
+    """
+    bento = client.version()["bento"]
+    if bento != tag:
+        raise LineageError(f"the service on {client.url} is {bento}, wanted {tag}.")
+    for name, form in golden.forms.items():
+        for number, picture in enumerate(client.generate(**form)["pictures"]):
+            if picture["png"] != golden.pngs[f"{name}-{number}"]:
+                raise LineageError(
+                    f"picture {number} of golden request {name!r} differs between {tag} and this process. "
+                    "Training and serving no longer prepare or draw alike; look at serving/bundle.py."
+                )
+    ranked = client.score(history=golden.items, item_ids=golden.items)["items"]
+    if {item["item_id"]: item["score"] for item in ranked} != golden.scores:
+        raise LineageError(f"the judge's scores differ between the bento {tag} and this process.")
+    client.feedback(user_id="golden", item_id=golden.items[0], kind="like", value=1.0)
+    _refuses_pickle(client)
 
 
 def tree_digest(folder: Path) -> str:

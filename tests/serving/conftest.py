@@ -54,7 +54,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     cut = sequences.Config(min_item_events=2, min_item_users=2, min_history=3, history=8)
     sequences.run(context("sequences", cut, "validate"))
     codec = PatchVQConfig(size=SIZE, codebook=32, width=16, code_width=8, blocks=1)
-    quick = tokenise.Config(codec=codec, steps=40, eyes_width=16, eyes_layers=1, eyes_steps=10, eyes_batch=16, threads=1)
+    quick = tokenise.Config(
+        codec=codec, steps=40, eyes_width=16, eyes_layers=1, eyes_steps=10, eyes_batch=16, threads=1
+    )
     tokenise.run(context("tokenise", quick, "sequences"))
     fit.run(context("judge", _judge_config(), "sequences"))
     _generator(inputs)
@@ -130,12 +132,18 @@ def _raw(folder: Path) -> None:
     ).write_parquet(folder / "pictures.parquet")
     start = datetime(2024, 1, 1, tzinfo=UTC)
     events = [
-        {"user_id": f"user-{u:02d}", "item_id": ids[int(i)], "timestamp": start + timedelta(days=7 * g), "kind": "purchase",
-         "value": 1.0, "group_id": f"{u}-{g}"}
+        {
+            "user_id": f"user-{u:02d}",
+            "item_id": ids[int(i)],
+            "timestamp": start + timedelta(days=7 * g),
+            "kind": "purchase",
+            "value": 1.0,
+            "group_id": f"{u}-{g}",
+        }
         for u in range(USERS)
         for g in range(GROUPS)
         for i in rng.choice(np.arange(u % 3, ITEMS, 3), 3, replace=False)
-    ]  # fmt: skip
+    ]
     pl.DataFrame(events).with_columns(pl.col("timestamp").dt.cast_time_unit("us")).write_parquet(
         folder / "events.parquet"
     )

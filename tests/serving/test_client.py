@@ -68,8 +68,15 @@ def test_a_bento_that_cannot_load_fails_at_once_with_its_own_words(made, tmp_pat
 def test_the_warden_ends_grandchildren_with_sessions_of_their_own(tmp_path):
     """As BentoML's workers: a child in a new session survives its parent's death, but not the warden's."""
     note = tmp_path / "pid"
-    child = "import subprocess,sys,time; p=subprocess.Popen([sys.executable,'-c','import time; time.sleep(600)'],start_new_session=True)"
-    child += f"; open({str(note)!r},'w').write(str(p.pid)); time.sleep(600)"
+    child = textwrap.dedent(
+        f"""
+        import subprocess, sys, time
+        sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
+        worker = subprocess.Popen(sleeper, start_new_session=True)
+        open({str(note)!r}, "w").write(str(worker.pid))
+        time.sleep(600)
+        """
+    )
     keeper = textwrap.dedent(
         f"""
         import os, subprocess, sys, time

