@@ -297,7 +297,7 @@ def _refusal(stops: list[tuple[Verdict, pl.DataFrame]], folder: Path) -> str:
     more = f" Further rules stop it too: {', '.join(others)}." if others else ""
     return (
         f"the data break the rule {rule.name!r} of the contract ({rule.wanted}): {seen}. "
-        f"Mend those rows and ingest again{ways}. Every failing row is in {folder}, with docs/index.html to read.{more}"
+        f"Mend the data and ingest again{ways}. Every failing row is in {folder}, with docs/index.html to read.{more}"
     )
 
 

@@ -14,6 +14,8 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from couturier.components.data.expectations import Report, Verdict, percent
 
 _SHOWN_REASONS = 25
@@ -209,17 +211,22 @@ def _suite(report: Report, view: Any) -> str:
 
 
 def _lean(result: Any) -> Any:
-    """A copy of a suite's result with samples in place of every failing row, and text escaped: the table of failing
-    values is the one place where Great Expectations writes values of the data into HTML as they are."""
+    """A copy of a suite's result with samples in place of every failing row, and text escaped: Great
+    Expectations writes failing values and the names of columns into HTML as they are."""
     slim = copy(result)
     slim.results = [copy(each) for each in result.results]
     dropped = ("unexpected_list", "unexpected_index_list", "partial_unexpected_index_list", "unexpected_index_query")
     for each in slim.results:
         each.result = {key: _escaped(value) for key, value in each.result.items() if key not in dropped}
+        each.expectation_config = copy(each.expectation_config)
+        each.expectation_config.kwargs = _escaped(dict(each.expectation_config.kwargs))
+        each.expectation_config.description = _escaped(each.expectation_config.description)
     return slim
 
 
 def _escaped(value: Any) -> Any:
+    if isinstance(value, np.generic):  # whose repr Great Expectations takes for no number
+        return _escaped(value.item())
     if isinstance(value, str):
         return html.escape(value)
     if isinstance(value, list):
