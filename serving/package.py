@@ -246,6 +246,7 @@ def prove(tag: str, golden: Golden, config: Config, ctx: StageContext) -> dict[s
         LineageError: an answer is not what this process computes.
     """
     feedback = ctx.scratch / "feedback"  # a proof is no behaviour: the workspace's events stay as they are
+    shutil.rmtree(feedback, ignore_errors=True)  # of an earlier try that was killed
     with serve_bento(
         tag,
         bentoml_home=ctx.workspace.bentos,

@@ -61,6 +61,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     fit.run(context("judge", _judge_config(), "sequences"))
     _generator(inputs)
     ctx = context("package", package.Config(golden_users=2, golden_pictures=2), "sequences", "tokenise", "judge", "rl")
+    _as_after_a_kill(ctx)
     package.run(ctx)
     return Made(workspace=workspace, inputs=inputs, package=ctx)
 
@@ -81,6 +82,19 @@ def served(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 @pytest.fixture(scope="session")
 def feedback_folder(served: ServedBento, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(folder for folder in tmp_path_factory.getbasetemp().glob("served*") if folder.is_dir()) / "feedback"
+
+
+def _as_after_a_kill(ctx: StageContext) -> None:
+    """What a ``kill -9`` in the middle of the stage leaves behind; the stage must not trip over it."""
+    for leftover in (
+        "context/couturier/old.py",
+        "context/model/old.json",
+        "build/bentos/old",
+        "feedback/events-old.jsonl",
+    ):
+        path = ctx.scratch / leftover
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}\n")
 
 
 def _judge_config() -> fit.Config:

@@ -43,6 +43,7 @@ def test_the_bento_holds_exactly_the_modules_that_the_service_needs(bento):
     } - {"__init__"}
     assert wanted <= {name.removesuffix(".__init__") for name in packed}
     assert not any("flows" in name or "lineage" in name or "evaluation" in name for name in packed)
+    assert not list(bento.rglob("old*")), "nothing of an earlier try that was killed"
     for name in package.PAGE_FILES:
         assert (bento / "src" / "couturier" / "serving" / name).exists()
 
