@@ -1,0 +1,78 @@
+"""The sampler against the definition: greedy codes, the sampling distribution, guidance, seeds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from couturier.components.errors import ConfigError
+from couturier.components.generator.janus import JanusGenerator
+
+
+def test_greedy_codes_are_the_argmax_of_the_teacher_forced_pass(
+    generator: JanusGenerator, histories: np.ndarray
+) -> None:
+    codes = generator.sample(histories, 2, seeds=[1, 2, 3], temperature=0)
+    logits = generator.logits(generator.prompts.build(histories), codes)
+    assert torch.equal(logits.argmax(-1), codes)
+
+
+def test_samples_follow_the_models_distribution(generator: JanusGenerator, histories: np.ndarray) -> None:
+    """First codes of many samples against the softmax, by a chi-square statistic."""
+    n = 4000
+    first = generator.sample(histories[:1], n, seeds=[7])[0, :, 0]
+    zero = torch.zeros(1, 1, 4, dtype=torch.long)
+    p = generator.logits(generator.prompts.build(histories[:1]), zero)[0, 0, 0].softmax(-1)
+    seen = torch.bincount(first, minlength=24)
+    big = p * n >= 5
+    chi = ((seen - p * n).square() / (p * n))[big].sum()
+    assert chi < 60  # 23 degrees of freedom: 99.99 % quantile is 55
+
+
+def test_guidance_one_is_conditional_and_zero_is_unconditional(
+    generator: JanusGenerator, histories: np.ndarray
+) -> None:
+    full, other = histories[:1], np.array([[20, 21, 22, 23, 24]])
+    free_a = generator.sample(full, 8, seeds=[5], guidance=0)
+    free_b = generator.sample(other, 8, seeds=[5], guidance=0)
+    assert torch.equal(free_a, free_b)
+    barely = generator.sample(full, 8, seeds=[5], guidance=1 + 1e-9)
+    assert torch.equal(generator.sample(full, 8, seeds=[5]), barely)
+    assert not torch.equal(generator.sample(full, 8, seeds=[5]), free_a)
+
+
+def test_guided_logits_are_mixed_as_the_formula_says(generator: JanusGenerator, histories: np.ndarray) -> None:
+    codes = generator.sample(histories[:1], 1, seeds=[5], guidance=3.0, temperature=0)
+    prompts = generator.prompts.build(histories[:1])
+    with_history = generator.logits(prompts, codes)
+    without = generator.logits(prompts.unconditional(generator.prompts.pad_id), codes)
+    assert torch.equal((without + 3.0 * (with_history - without)).argmax(-1), codes)
+
+
+def test_a_users_pictures_depend_on_their_own_seed_alone(generator: JanusGenerator, histories: np.ndarray) -> None:
+    together = generator.sample(histories, 3, seeds=[11, 12, 13])
+    for u, seed in enumerate([11, 12, 13]):
+        assert torch.equal(generator.sample(histories[u : u + 1], 3, seeds=[seed])[0], together[u])
+    assert not torch.equal(generator.sample(histories, 3, seeds=[21, 12, 13])[0], together[0])
+
+
+@pytest.mark.parametrize("setting", [{"top_k": 1}, {"top_p": 1e-6}])
+def test_keeping_one_code_is_greedy(generator: JanusGenerator, histories: np.ndarray, setting: dict) -> None:
+    greedy = generator.sample(histories, 2, seeds=[1, 2, 3], temperature=0)
+    assert torch.equal(generator.sample(histories, 2, seeds=[1, 2, 3], **setting), greedy)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n": 0, "seeds": [1]}, "at least one picture"),
+        ({"n": 1, "seeds": [1, 2]}, "2 seeds were given for 1 users"),
+        ({"n": 1, "seeds": [1], "temperature": -1.0}, "out of range"),
+        ({"n": 1, "seeds": [1], "top_p": 0.0}, "out of range"),
+    ],
+)
+def test_refuses_what_makes_no_sense(
+    generator: JanusGenerator, histories: np.ndarray, arguments: dict, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        generator.sample(histories[:1], **arguments)
