@@ -61,6 +61,7 @@ table table th, table table td { padding:3px 12px; } table table th { white-spac
 i.fa-check-circle::before { content:"\\2713"; } i.fa-times::before { content:"\\2717"; }
 i.fa-exclamation-triangle::before { content:"!"; }
 .ge-section td:first-child { width:64px; } .ge-section td:last-child { width:190px; }
+.ge-section table table td:first-child, .ge-section table table td:last-child { width:auto; }
 .alert-secondary { border-left:4px solid var(--accent); padding-left:12px; margin-bottom:10px; }
 code { font-family:ui-monospace,"DejaVu Sans Mono",monospace; font-size:13px; }
 ul.notes { margin:0; padding-left:20px; } ul.notes li { margin:3px 0; }
@@ -201,12 +202,10 @@ def _suite(report: Report, view: Any) -> str:
         for index, section in enumerate(document.sections[1:], 2)
     ]
     counts = report.result.statistics
-    good = counts["successful_expectations"]
-    head = (
-        f"<div class=card><h2>{_mark(report.verdicts)} {html.escape(report.suite.name)}</h2>"
-        f"{good} of {counts['evaluated_expectations']} expectations met on {report.verdicts[0].checked:,} rows of "
-        f"{html.escape(report.suite.table)}.</div>"
-    )
+    met = f"{counts['successful_expectations']} of {counts['evaluated_expectations']} expectations met"
+    looked_at = f"rows of {html.escape(report.suite.table)} looked at: {report.verdicts[0].checked:,}"
+    mark = _mark(report.verdicts)
+    head = f"<div class=card><h2>{mark} {html.escape(report.suite.name)}</h2>{met}; {looked_at}.</div>"
     return head + _RANDOM_IDS.sub("", "".join(rendered))
 
 

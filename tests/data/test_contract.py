@@ -399,7 +399,7 @@ def test_the_docs_open_offline_and_show_what_happened(tmp_path: Path, caplog: py
     assert '<div class="show-scrollbars">&lt;script&gt;alert(1)&lt;/script&gt;</div>' in pages["items.html"]
     assert "items.category_domain" in pages["index.html"]
     assert "kept + quarantined = raw" in pages["index.html"]
-    assert "expectations met on 10 rows" in pages["items.html"]
+    assert "expectations met; rows of items looked at: 10." in pages["items.html"]
 
 
 def test_the_summary_has_a_row_a_table(tmp_path: Path) -> None:
