@@ -85,6 +85,7 @@ class Registry:
         self.workspace = workspace
         self.journal = Journal(workspace.journal)
         self.store = ArtifactStore(workspace)
+        self._model_exists = False
 
     def register(
         self,
@@ -259,11 +260,12 @@ class Registry:
         from mlflow.exceptions import MlflowException
 
         client = mlflow_client(self.workspace)
-        if not client.search_registered_models(f"name = '{MODEL}'"):
+        if not self._model_exists and not client.search_registered_models(f"name = '{MODEL}'"):
             try:
                 client.create_registered_model(MODEL, description="The generator; champion is in use.")
             except MlflowException:
                 client.get_registered_model(MODEL)  # another process was quicker
+        self._model_exists = True
         return client
 
     def _move(

@@ -92,7 +92,7 @@ def test_what_was_live_on_a_date(journal: Journal) -> None:
     assert now is not None and (now.version, now.why, now.action) == (1, "complaints", "rollback")
     assert [live.version for live in journal.champions()] == [1]
     with pytest.raises(LineageError, match="zone"):
-        journal.what_was_live(datetime(2026, 1, 1))  # noqa: DTZ001 - a time without a zone is what is refused
+        journal.what_was_live(datetime(2026, 1, 1))  # without a zone
 
 
 def test_time_never_runs_backwards(journal: Journal) -> None:

@@ -213,9 +213,9 @@ def test_a_busy_database_keeps_figures_for_later(
 
 def test_system_metrics_are_sampled(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracker_module, "SYSTEM_METRICS_EVERY_S", 0.2)
-    with open_run(workspace, name="watched") as flow:
-        with tracker_module.system_metrics(mlflow_uri(workspace), flow.run_id):
-            time.sleep(0.7)
+    uri = mlflow_uri(workspace)
+    with open_run(workspace, name="watched") as flow, tracker_module.system_metrics(uri, flow.run_id):
+        time.sleep(0.7)
     names = run_facts(workspace, flow.run_id)["metrics"]
     assert "system/cpu_utilization_percentage" in names and "system/system_memory_usage_megabytes" in names
 
