@@ -9,13 +9,18 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import polars as pl
 import pytest
-from couturier.components.files import write_json
+from couturier.components.data.formats import Windows
+from couturier.components.files import read_json, write_json
+from couturier.components.lineage import promotion
 from couturier.components.lineage.mlflow_store import ensure_database, experiment_id, mlflow_client
-from couturier.components.lineage.registry import Registered, Registry
+from couturier.components.lineage.registry import Registered, Registry, Version
 from couturier.components.lineage.stages import ArtifactStore, Stage, StageContext
 from couturier.components.lineage.workspace import Workspace
 
+PEOPLE = 120
 WorkspaceMaker = Callable[[Path], Workspace]
 
 
@@ -51,6 +56,71 @@ def _run(context: StageContext) -> None:
     context.facts["seed"] = context.config.seed
 
 
+def _sequences(context: StageContext) -> None:
+    """Test windows of people of whom more and less is known, and one demographics column."""
+    people = [f"u{number:03}" for number in range(PEOPLE)]
+    one = np.ones((PEOPLE, 1), dtype=np.float32)
+    empty, offsets = np.zeros(0, dtype=np.int32), np.zeros(PEOPLE + 1, dtype=np.int64)
+    Windows(
+        users=people,
+        user_W=np.arange(PEOPLE, dtype=np.int32),
+        time_W=np.zeros(PEOPLE, dtype=np.int64),
+        favourites_WK=one.astype(np.int32),
+        weight_WK=np.arange(PEOPLE, dtype=np.float32)[:, None],
+        age_days_WK=one,
+        recent_WK=one.astype(np.int32),
+        basket=empty,
+        basket_offsets=offsets,
+        future=empty,
+        future_offsets=offsets,
+    ).save(context.out, "test")
+    ages = [("young", "old")[number % 2] for number in range(PEOPLE)]
+    pl.DataFrame({"user_id": people, "age": ages}).write_parquet(context.out / "users.parquet")
+
+
+def figures(row: str, seed: int) -> pl.DataFrame:
+    """What evaluation writes, drawn at random: the model of a higher seed draws better baskets."""
+    rng = np.random.default_rng([seed, len(row)])
+    means = {"basket_precision": 0.1 + 0.05 * seed, "validity": 0.98, "diversity": 0.7, "novelty": 0.6}
+    if row == "wrong_user":
+        means["basket_precision"] = 0.02
+    frames = [
+        pl.DataFrame(
+            {
+                "row": row,
+                "user_id": [f"u{number:03}" for number in range(PEOPLE)],
+                "window": 0,
+                "metric": metric,
+                "value": rng.normal(mean, 0.02, size=PEOPLE),
+            }
+        )
+        for metric, mean in means.items()
+    ]
+    return pl.concat(frames)
+
+
+def _evaluate(context: StageContext) -> None:
+    _run(context)
+    seed = context.config.seed
+    pl.concat([figures("grpo", seed), figures("wrong_user", seed)]).write_parquet(context.out / "per_user.parquet")
+
+
+def duel(context: StageContext) -> None:
+    """The champion's figures, in place of the stage that really draws them."""
+    seed = read_json(context.inputs["rl"] / "model" / "config.json")["seed"]
+    figures("champion", seed).write_parquet(context.out / "per_user.parquet")
+
+
+@pytest.fixture
+def quick_duel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real stage draws thousands of pictures with two trained models; the end-to-end tests run that one."""
+
+    def stage(candidate: Version, champion: Version) -> Stage:
+        return Stage(name="duel", run=duel, config=Config(), inputs={"rl": champion.manifests["rl"]})
+
+    monkeypatch.setattr(promotion, "duel_stage", stage)
+
+
 Chain = Callable[[Workspace, int], dict[str, str]]
 _INPUTS = {
     "sequences": ("validate",),
@@ -73,7 +143,8 @@ def make_chain() -> Chain:
         ids = {"validate": store.materialise(first).id}
         for name, inputs in _INPUTS.items():
             config = Config(seed=seed if name in ("rl", "evaluate", "package") else 0)
-            stage = Stage(name=name, run=_run, config=config, inputs={key: ids[key] for key in inputs})
+            run = {"sequences": _sequences, "evaluate": _evaluate}.get(name, _run)
+            stage = Stage(name=name, run=run, config=config, inputs={key: ids[key] for key in inputs})
             ids[name] = store.materialise(stage).id
         return ids
 
