@@ -1,0 +1,138 @@
+"""What every judge takes and gives: jagged histories, candidates by content, a state per user.
+
+Letters: U users, C candidates of one user, T history length, N rows in all, D feature width, I catalogue items.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from couturier.components.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class HistoryBatch:
+    """Histories of ``U`` users, one after the other; user ``u`` owns rows ``offsets[u]`` to ``offsets[u + 1]``.
+
+    Args:
+        features_ND: float content features of each history item, as ``Judge.embed_items`` or ``embed_pictures`` gives.
+        age_days_N: days between the last time the item was taken and now.
+        weight_N: how much of it there was, such as a recency-decayed count; one for a plain event.
+        offsets: int64 ``[U + 1]``; a user without history has two equal neighbours.
+
+    Example:
+        >>> empty = HistoryBatch.empty(users=2, width=4)
+        >>> len(empty), empty.lengths.tolist()
+        (2, [0, 0])
+    """
+
+    features_ND: Tensor
+    age_days_N: Tensor
+    weight_N: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def empty(cls, *, users: int, width: int) -> HistoryBatch:
+        """Users of whom nothing is known."""
+        return cls(
+            features_ND=torch.zeros(0, width),
+            age_days_N=torch.zeros(0),
+            weight_N=torch.zeros(0),
+            offsets=torch.zeros(users + 1, dtype=torch.int64),
+        )
+
+    def __len__(self) -> int:
+        return self.offsets.numel() - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 ``[U]``."""
+        return self.offsets.diff()
+
+    def check(self, width: int) -> None:
+        """Refuse what would poison a score.
+
+        Raises:
+            DataError: shapes that do not agree, offsets that do not rise from 0 to N, or a value that is not finite.
+        """
+        n = self.features_ND.shape[0]
+        if self.features_ND.ndim != 2 or self.features_ND.shape[1] != width:
+            raise DataError(
+                f"features_ND has shape {list(self.features_ND.shape)}, wanted [N, {width}]: "
+                "take the features from this judge's embed_items or embed_pictures."
+            )
+        if self.age_days_N.shape != (n,) or self.weight_N.shape != (n,):
+            raise DataError(
+                f"age_days_N {list(self.age_days_N.shape)} and weight_N {list(self.weight_N.shape)} must be [{n}], "
+                "one value a history item."
+            )
+        offsets = self.offsets
+        if offsets.dtype != torch.int64 or offsets.ndim != 1 or offsets.numel() == 0:
+            raise DataError(f"offsets is {offsets.dtype} {list(offsets.shape)}, wanted int64 [U + 1].")
+        if offsets[0] != 0 or offsets[-1] != n or (offsets.diff() < 0).any():
+            raise DataError(f"offsets must rise from 0 to {n}; they start at {offsets[0]} and end at {offsets[-1]}.")
+        for name, value in (("features_ND", self.features_ND), ("age_days_N", self.age_days_N), ("weight_N", self.weight_N)):
+            check_finite(f"history {name}", value)
+
+    def padded(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``(features_UTD, age_days_UT, weight_UT, real_UT)``, zeros on the right; ``real_UT`` is True for real rows."""
+        lengths = self.lengths
+        longest = int(lengths.max()) if len(lengths) else 0
+        real_UT = torch.arange(longest, device=lengths.device) < lengths[:, None]
+        users = len(self)
+        features = self.features_ND.new_zeros(users, longest, self.features_ND.shape[1])
+        age = self.age_days_N.new_zeros(users, longest)
+        weight = self.weight_N.new_zeros(users, longest)
+        features[real_UT], age[real_UT], weight[real_UT] = self.features_ND, self.age_days_N, self.weight_N
+        return features, age, weight, real_UT
+
+
+class Judge(Protocol):
+    """A user-interest model: reads a history once, scores many candidates, says why.
+
+    It works from content, so a picture that never existed can be scored. ``state`` is the judge's own; its first axis
+    is the user, and it can be kept between calls.
+    """
+
+    @property
+    def width(self) -> int:
+        """D, the width of the features."""
+        ...
+
+    def embed_pictures(self, rgb_N3HW: Tensor) -> Tensor:
+        """Float pictures 0..1 without words -> features ``[N, D]``."""
+        ...
+
+    def embed_items(self, *, words: bool = True) -> Tensor:
+        """The catalogue -> features ``[I, D]``, with or without its words."""
+        ...
+
+    def encode(self, history: HistoryBatch) -> Any:
+        """Histories -> a state a user. An empty history gives a learned default state."""
+        ...
+
+    def score(self, state: Any, candidates_UCD: Tensor) -> Tensor:
+        """Logits ``[U, C]``; higher means likelier to be taken next."""
+        ...
+
+    def explain(self, history: HistoryBatch, candidates_UCD: Tensor) -> Tensor:
+        """Contributions ``[U, C, T]``: the logit minus the logit without that history item; 0 where padded."""
+        ...
+
+    def standardise(self, logits: Tensor) -> Tensor:
+        """Logits in units of the SD over (train user, random catalogue item) pairs, 0 at their mean."""
+        ...
+
+
+def check_finite(what: str, value: Tensor) -> None:
+    """Raises:
+    DataError: a value is NaN or infinite.
+    """
+    # The sum is finite unless a value is not (or the sum overflows): far cheaper than a mask for what is nearly always fine.
+    if not torch.isfinite(value.detach().sum()) and not bool(torch.isfinite(value).all()):
+        bad = int((~torch.isfinite(value)).sum())
+        raise DataError(f"{what} holds {bad} values that are not finite numbers (NaN or infinity); leave those rows out.")
