@@ -48,7 +48,7 @@ class PatchVQConfig:
     """Picture edge in pixels; a multiple of 8."""
     codebook: int = 512
     """K."""
-    width: int = 128
+    width: int = 96
     """Channels at the 8x8-pixel and 4x4-pixel grids."""
     code_width: int = 32
     """D, the width in which codes are compared."""
@@ -73,15 +73,13 @@ class PatchVQ(nn.Module):
             raise ConfigError(f"tokenise.codec.size is {config.size}; it must be a multiple of 8. Try 32.")
         self.config = config
         c, d = config.width, config.code_width
+        # Each code is read off its own 8x8 pixels alone, so tiles that share a part share its codes: what the generator
+        # must learn is then a few free choices, not a thousand unrelated strings. The decoder sees all codes at once.
         self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(4),
-            nn.Conv2d(48, c, 3, padding=1),
-            *[_Residual(c) for _ in range(config.blocks)],
-            nn.PixelUnshuffle(2),
-            nn.Conv2d(4 * c, c, 1),
-            *[_Residual(c) for _ in range(config.blocks)],
-            nn.GroupNorm(1, c),
-            nn.Conv2d(c, d, 1),
+            nn.PixelUnshuffle(8),
+            nn.Conv2d(192, 2 * c, 1),
+            *[_Residual(2 * c, kernel=1) for _ in range(config.blocks)],
+            nn.Conv2d(2 * c, d, 1),
         )
         self.decoder = nn.Sequential(
             nn.Conv2d(d, c, 3, padding=1),
@@ -132,7 +130,7 @@ class PatchVQ(nn.Module):
     def decode(self, codes_NL: Tensor) -> Tensor:
         return self.pixels(self.codebook_KD[codes_NL]).clamp(0, 1)
 
-    def loss(self, rgb_N3HW: Tensor, *, commitment: float, quantise_share: Tensor | None = None) -> dict[str, Tensor]:
+    def loss(self, rgb_N3HW: Tensor, *, commitment: float) -> dict[str, Tensor]:
         """Reconstruction and commitment losses, and the codes that were chosen (for the codebook's average)."""
         z_NLD = self.latents(rgb_N3HW)
         codes_NL = self.nearest(z_NLD.detach())
@@ -168,12 +166,14 @@ class PatchVQ(nn.Module):
 
 
 class _Residual(nn.Module):
-    def __init__(self, channels: int) -> None:
+    """Pre-activation residual block; with ``kernel=1`` it mixes channels only."""
+
+    def __init__(self, channels: int, *, kernel: int = 3) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.GroupNorm(1, channels),
+            nn.GroupNorm(1, channels) if kernel > 1 else nn.Identity(),
             nn.SiLU(),
-            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.Conv2d(channels, channels, kernel, padding=kernel // 2),
             nn.SiLU(),
             nn.Conv2d(channels, channels, 1),
         )

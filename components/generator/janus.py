@@ -37,8 +37,8 @@ class GeneratorConfig:
     layers: int = 4
     heads: int = 4
     ffn: int = 384
-    history: int = 20
-    """Favourites a prompt shows."""
+    history: int = 12
+    """Favourites a prompt shows. More make every step dearer; the first ones say most."""
     max_words: int = 2
     """Text tokens an item may take (phrases with the tiny tokenizer)."""
 

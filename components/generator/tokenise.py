@@ -42,9 +42,9 @@ class Config:
     codec: PatchVQConfig = field(default_factory=PatchVQConfig)
     base: str = ""
     """A hub name or folder of a published Janus whose codec is used as it is; empty: train one."""
-    steps: int = 900
+    steps: int = 1200
     batch: int = 32
-    lr: float = 2e-3
+    lr: float = 3e-3
     commitment: float = 0.25
     decay: float = 0.98
     """Of the codebook's moving average."""
@@ -211,8 +211,8 @@ def train_eyes(
         loss.backward()
         optimiser.step()
         if step % 25 == 0 or step + 1 == config.eyes_steps:
-            curves.append((step, "eyes_loss", float(loss)))
-            ctx.tracker.metrics({"eyes_loss": float(loss)}, step=step)
+            curves.append((step, "eyes_loss", float(loss.detach())))
+            ctx.tracker.metrics({"eyes_loss": float(loss.detach())}, step=step)
         ctx.progress.advance()
     ctx.progress.stop()
     eyes.eval().requires_grad_(False)
