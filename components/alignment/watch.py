@@ -30,9 +30,7 @@ class Watch:
         windows: how many of the first validation windows are used.
     """
 
-    def __init__(
-        self, ctx: StageContext, catalogue: Catalogue, codec: Codec, *, pictures: int, windows: int
-    ) -> None:
+    def __init__(self, ctx: StageContext, catalogue: Catalogue, codec: Codec, *, pictures: int, windows: int) -> None:
         self.codec, self.pictures = codec, pictures
         valid = Windows.load(ctx.inputs["sequences"], "valid")
         self.rows = np.arange(min(windows, len(valid)))

@@ -73,7 +73,9 @@ class Samples(list[Sample]):
         for facts in read_json(folder / FACTS):
             # JSON objects are kept with sorted names: "order" says in which order rows were drawn and saved.
             rows = {
-                name: [Tile(next(pixels), int(t["item"]), bool(t["copied"]), bool(t["hit"])) for t in facts["rows"][name]]
+                name: [
+                    Tile(next(pixels), int(t["item"]), bool(t["copied"]), bool(t["hit"])) for t in facts["rows"][name]
+                ]
                 for name in facts["order"]
             }
             samples.append(Sample(facts["user_id"], facts["history"], rows, facts["next_items"]))

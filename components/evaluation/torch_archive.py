@@ -68,7 +68,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     stream = io.BytesIO(raw)
     magic, _protocol, machine, state, keys = (_read_plain(stream, path) for _ in range(5))
     if magic != _MAGIC or not isinstance(machine, dict) or not machine.get("little_endian"):
-        raise UnsafeArchiveError(f"{path.name} is no little-endian legacy torch archive. Convert it to safetensors first.")
+        raise UnsafeArchiveError(
+            f"{path.name} is no little-endian legacy torch archive. Convert it to safetensors first."
+        )
     if not isinstance(state, dict) or not isinstance(keys, list):
         raise UnsafeArchiveError(f"{path.name} holds no state dict of tensors. Convert it to safetensors first.")
     views = {str(name): view for name, view in state.items() if isinstance(view, _TensorView)}
