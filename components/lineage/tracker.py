@@ -2,7 +2,7 @@
 
 ::
 
-    stage ── metrics ──▶ metrics.jsonl (this machine, at once) ──▶ buffer ── 100 rows or 10 s ──▶ MLflow
+    stage ── metrics ──▶ metrics.jsonl (this machine, at once) ──▶ buffer ── 500 figures or 10 s ──▶ MLflow
 
 A killed stage goes on from a checkpoint and says some steps again, to the same bits. The file tells which steps were
 said: what had not reached MLflow is logged first, what is said a second time is dropped, so a curve has every step
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BATCH = 100
+BATCH = 500
 EVERY_S = 10.0
 SYSTEM_METRICS_EVERY_S = 5.0
 # Beyond this a folder stays where it is and MLflow gets a note of where that is.

@@ -101,6 +101,8 @@ def test_rollback_goes_back_and_says_so(workspace: Workspace, register: Register
         registry.rollback(who="bob", why="mush").sentence
         == "Version 2 is the champion again; version 3 was rolled back."
     )
+    with pytest.raises(LineageError, match="no verdict"):
+        registry.promote(3, who="ada", why="what got it there was before the complaints")
     assert registry.rollback(who="bob", why="mush").version == 1
     with pytest.raises(LineageError, match="version 1 is the first champion"):
         registry.rollback(who="bob", why="")
