@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+
 from couturier.components.data.formats import Windows
 from couturier.components.files import read_json, write_json
 from couturier.components.lineage import promotion

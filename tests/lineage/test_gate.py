@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import polars as pl
 import pytest
+
 from couturier.components.errors import DataError, LineageError
 from couturier.components.lineage.gate import Config, Verdict, decide, holm
 

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+
 from couturier.components.errors import LineageError
 from couturier.components.lineage.journal import Journal
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 
 import pytest
+
 from couturier.components.errors import LineageError
 from couturier.components.lineage.lineage_view import as_mermaid, as_text, lineage
 from couturier.components.lineage.registry import Registered, Registry

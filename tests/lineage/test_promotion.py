@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+
 from couturier.components.errors import LineageError
 from couturier.components.lineage.gate import Config
 from couturier.components.lineage.promotion import consider, current, duel_stage, examine, people

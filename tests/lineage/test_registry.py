@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from couturier.components.errors import LineageError
 from couturier.components.lineage.mlflow_store import MODEL, mlflow_client
 from couturier.components.lineage.registry import Registered, Registry

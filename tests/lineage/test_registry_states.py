@@ -9,14 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from couturier.components.errors import LineageError
-from couturier.components.lineage.mlflow_store import MODEL, mlflow_client
-from couturier.components.lineage.registry import Registered, Registry
-from couturier.components.lineage.workspace import Workspace
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from mlflow import MlflowClient
+
+from couturier.components.errors import LineageError
+from couturier.components.lineage.mlflow_store import MODEL, mlflow_client
+from couturier.components.lineage.registry import Registered, Registry
+from couturier.components.lineage.workspace import Workspace
 
 # The calls a move makes, in MLflow and in the journal: being cut short at the n-th is being killed there.
 CALLS = ("set_registered_model_alias", "delete_registered_model_alias", "set_registered_model_tag")

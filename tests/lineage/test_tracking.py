@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from couturier.components.errors import LineageError
 from couturier.components.files import write_json
 from couturier.components.lineage import tracker as tracker_module
