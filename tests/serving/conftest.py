@@ -19,6 +19,7 @@ from couturier.components.generator import tokenise
 from couturier.components.generator.codec import PatchVQConfig, load_codec
 from couturier.components.generator.janus import GeneratorConfig, JanusGenerator
 from couturier.components.interest import fit
+from couturier.components.interest.encoder import EncoderConfig
 from couturier.components.lineage.stages import StageContext
 from couturier.components.lineage.workspace import Workspace
 from couturier.serving import package
@@ -58,7 +59,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         codec=codec, steps=40, eyes_width=16, eyes_layers=1, eyes_steps=10, eyes_batch=16, threads=1
     )
     tokenise.run(context("tokenise", quick, "sequences"))
-    fit.run(context("judge", _judge_config(), "sequences"))
+    quick_eyes = EncoderConfig(steps=20, batch=16, width=16, channels=8)
+    fit.run(context("judge", fit.Config(encoder=quick_eyes, steps=20, batch=16), "sequences"))
     _generator(inputs)
     ctx = context("package", package.Config(golden_users=2, golden_pictures=2), "sequences", "tokenise", "judge", "rl")
     _as_after_a_kill(ctx)
@@ -95,10 +97,6 @@ def _as_after_a_kill(ctx: StageContext) -> None:
         path = ctx.scratch / leftover
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}\n")
-
-
-def _judge_config() -> fit.Config:
-    return fit.Config()
 
 
 def _generator(inputs: dict[str, Path]) -> None:
