@@ -53,9 +53,10 @@ PANELS = (
     Panel(
         stage="sft",
         title="SFT: training nats a picture",
-        series={"sft_nats": "next item", "grounding_nats": "draw what is named"},
+        series={"sft_nats": "next item"},
         late=True,
     ),
+    Panel(stage="sft", title="Grounding: nats to draw what is named", series={"grounding_nats": "named item"}, late=True),
     Panel(stage="rl", title="RL: reward", series={"reward": "sum of all terms"}),
     Panel(
         stage="rl",
@@ -143,9 +144,11 @@ def number(value: float | int | None, digits: int | None = None, *, signed: bool
         whole = float(value).is_integer() and size >= 1
         digits = 0 if whole or size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3
     text = f"{size:,.{digits}f}"
-    if digits and text.startswith("0."):
-        text = text[1:]
     empty = not text.strip("0.,")
+    if empty:
+        text = "0"
+    elif text.startswith("0."):
+        text = text[1:]
     sign = "" if empty else "−" if value < 0 else "+" if signed else ""
     return sign + text
 
@@ -201,8 +204,8 @@ def _ticks(low: float, high: float) -> list[float]:
     """Two to five round levels from ``low`` to ``high``."""
     if high - low < 1e-9:
         return [low]
-    step = 10.0 ** math.floor(math.log10((high - low) / 2))
-    while (high - low) / step > 4.5:
+    step = 10.0 ** math.floor(math.log10((high - low) / 5))
+    while (high - low) / step > 5:
         step *= 2.5 if round(step / 10 ** math.floor(math.log10(step))) == 2 else 2
     first = math.ceil(low / step - 1e-9)
     return [round(k * step, 10) for k in range(first, math.floor(high / step + 1e-9) + 1)] or [low]
@@ -239,20 +242,27 @@ def data_uri(rgb_HWC: np.ndarray) -> str:
 class GridSize:
     """Pixels of a PNG grid."""
 
-    tile: int = 40
-    """Edge of a shown tile; tiles are scaled to it without blurring."""
+    tile: int = 64
+    """Edge of a shown tile; tiles are scaled to it without blurring, so a whole multiple of theirs looks best."""
     across: int = 5
     down: int = 2
-    gap: int = 4
-    between: int = 22
+    gap: int = 6
+    between: int = 36
     """Between the groups of one person and between people."""
-    head: int = 34
-    label: int = 84
+    head: int = 54
+    label: int = 128
+    type: int = 24
+    """Size of the titles; the small print has three quarters of it."""
 
     def shape(self, people: int, groups: int, foot: int) -> tuple[int, int]:
         """(width, height) of the whole picture with ``foot`` lines of small print."""
         width = self.label + groups * (self.group_width + self.between)
-        return width, self.head + people * (self.group_height + self.between) + 16 * foot + 12
+        return width, self.head + people * (self.group_height + self.between) + self.leading * foot + self.gap
+
+    @property
+    def leading(self) -> int:
+        """Between lines of small print."""
+        return self.type
 
     @property
     def group_width(self) -> int:
@@ -273,19 +283,19 @@ def write_grid(
     """
     size = size or GridSize()
     titles = ["What they liked", *(label for _, label in rows), "What came next"]
-    across = (len(titles) * (size.group_width + size.between)) // 6
+    across = 2 * len(titles) * (size.group_width + size.between) // size.leading * 10 // 9
     said = "Outlined: also in the history. Dot: in the next basket. What people took is real, the pictures are drawn."
     foot = [said, *textwrap.wrap(catalogue.attribution, across)]
     sheet = Image.new("RGB", size.shape(len(samples), len(titles), len(foot)), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    font, small = ImageFont.load_default(size=15), ImageFont.load_default(size=12)
+    font, small = ImageFont.load_default(size=size.type), ImageFont.load_default(size=size.type * 3 // 4)
     for column, title in enumerate(titles):
         x = size.label + column * (size.group_width + size.between)
-        draw.text((x, size.head - 10), title, fill=_INK, font=font, anchor="ls")
+        draw.text((x, size.head - 14), title, fill=_INK, font=font, anchor="ls")
     for line, sample in enumerate(samples):
         y = size.head + line * (size.group_height + size.between)
         middle = y + size.group_height // 2
-        draw.text((size.label - 12, middle), f"Person {line + 1}", fill=_SOFT, font=small, anchor="rm")
+        draw.text((size.label - 18, middle), f"Person {line + 1}", fill=_SOFT, font=small, anchor="rm")
         groups = [
             real_tiles(sample.history, catalogue),
             *(sample.rows.get(row, []) for row, _ in rows),
@@ -297,7 +307,7 @@ def write_grid(
             _group(sheet, draw, (x, y), tiles[: size.across * size.down], size, marked=marked)
     y = size.head + len(samples) * (size.group_height + size.between)
     for i, text in enumerate(foot):
-        draw.text((size.label, y + 16 * i), text, fill=_SOFT, font=small, anchor="la")
+        draw.text((size.label, y + size.leading * i), text, fill=_SOFT, font=small, anchor="la")
     with written_beside(path) as beside:
         sheet.save(beside, format="PNG", optimize=True)
 
@@ -316,7 +326,7 @@ def _group(
         picture = Image.fromarray(np.ascontiguousarray(tile.rgb)).resize((size.tile, size.tile), Image.Resampling.NEAREST)
         sheet.paste(picture, (x, y))
         if marked and tile.copied:
-            draw.rectangle((x - 2, y - 2, x + size.tile + 1, y + size.tile + 1), outline=_COPIED, width=2)
+            draw.rectangle((x - 3, y - 3, x + size.tile + 2, y + size.tile + 2), outline=_COPIED, width=3)
         if marked and tile.hit:
             right = x + size.tile
-            draw.ellipse((right - 9, y - 3, right + 3, y + 9), fill=_HIT, outline=_PAPER, width=2)
+            draw.ellipse((right - 14, y - 5, right + 5, y + 14), fill=_HIT, outline=_PAPER, width=3)

@@ -33,10 +33,10 @@ from couturier.components.evaluation.charts import (
     write_grid,
 )
 from couturier.components.evaluation.samples import Sample, Samples, Tile
-from couturier.components.evaluation.wording import GROUPS, METRICS, ROWS
+from couturier.components.evaluation.wording import GROUPS, METRICS, ROWS, SPOKEN
 from couturier.components.files import written_beside
 
-PAGE, GRIDS, PEOPLE = "report.html", "grids", 8
+PAGE, GRIDS, PEOPLE, TILES = "report.html", "grids", 8, 10
 
 GRID_ROWS = ("sft", "grpo", "grpo_guided", "sft_guided", "best_of_n")
 TEASER = ("sft", "grpo", "sft_guided")
@@ -125,17 +125,24 @@ def headline(table: Mapping[str, Any]) -> list[tuple[str, str]]:
         if found is None or triple is None or found[2] not in ("", "basket_precision"):
             continue
         verdict = _verdict(triple)
-        left, right = (_row_words(part) for part in found[:2])
-        relation = {"yes": f"{left} beats {right}", "no": f"{right} beats {left}"}.get(
-            verdict, f"{left} and {right} cannot be told apart"
-        )
-        said.append((verdict, f"{relation}: {_span(triple)} of the pictures are in the next basket."))
+        said.append((verdict, f"{_outcome(found[0], found[1], verdict)} {_span(triple)}."))
     judge = table.get("judge", {})
     if (gauc := _triple(judge.get("gauc"))) is not None:
         own = _triple((gauc[0] - 0.5, gauc[1] - 0.5, gauc[2] - 0.5)) or gauc
         tail = "better than chance" if _verdict(own) == "yes" else "not proven better than chance"
         said.append((_verdict(own), f"The judge ranks what a person takes next at GAUC {_span(gauc, signed=False)}, {tail}."))
     return said
+
+
+def _outcome(left: str, right: str, verdict: str) -> str:
+    """Who wins, in words: ``yes`` the left row, ``no`` the right row, ``open`` neither is shown to."""
+    if left == "grpo" and right == "wrong_user":
+        a, b = "the right person's history", "a wrong person's"
+    else:
+        a, b = (SPOKEN.get(row, _row_words(row)) for row in (left, right))
+    told = {"yes": f"{a} beats {b} by", "no": f"{a} loses to {b}:", "open": f"{a} and {b} are not told apart:"}
+    text = told[verdict]
+    return text[:1].upper() + text[1:]
 
 
 def _acceptance(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -145,7 +152,7 @@ def _acceptance(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
             "words": _name_words(name),
             "value": _plain(entry.get("value")),
             "interval": _interval(_triple([entry.get("value"), entry.get("low"), entry.get("high")])),
-            "wanted": _plain(entry.get("wanted")),
+            "wanted": _plain(entry.get("wanted")).replace("<=", "≤").replace(">=", "≥"),
             "passed": bool(entry.get("passed")),
         }
         for name, entry in found.items()
@@ -245,10 +252,12 @@ def _people(samples: Samples, catalogue: Catalogue) -> list[dict[str, Any]]:
     """A line a person: titled groups of tiles, from what they had to what came next."""
     titles = catalogue.items["title"].to_list()
     rows = _grid_rows(samples)
-    return [{"user": sample.user_id, "groups": _person(sample, rows, titles, catalogue)} for sample in samples]
+    return [{"user": sample.user_id} | _person(sample, rows, titles, catalogue) for sample in samples]
 
 
-def _person(sample: Sample, rows: Sequence[str], titles: list[str], catalogue: Catalogue) -> list[dict[str, Any]]:
+def _person(sample: Sample, rows: Sequence[str], titles: list[str], catalogue: Catalogue) -> dict[str, Any]:
+    """``groups`` tell the story of one line; ``further`` are rows to compare it with."""
+
     def tile(tile: Tile, said: str, *, marked: bool = True) -> dict[str, Any]:
         notes = [said.format(titles[tile.item])]
         notes += ["also in the history"] if marked and tile.copied else []
@@ -257,17 +266,20 @@ def _person(sample: Sample, rows: Sequence[str], titles: list[str], catalogue: C
         return {"uri": data_uri(tile.rgb), "title": " · ".join(notes), "copied": copied, "hit": hit}
 
     had = [tile(t, "{}", marked=False) for t in real_tiles(sample.history, catalogue)]
-    took = [tile(t, "{}", marked=False) for t in real_tiles(sample.next_items, catalogue)]
-    drawn = [
-        {"words": _row_words(row), "kind": "drawn", "tiles": [tile(t, "most like: {}") for t in sample.rows[row]]}
+    took = [tile(t, "{}", marked=False) for t in real_tiles(sample.next_items[:TILES], catalogue)]
+    drawn = {
+        row: {"words": _row_words(row), "kind": "drawn", "tiles": [tile(t, "most like: {}") for t in sample.rows[row]]}
         for row in rows
         if row in sample.rows
-    ]
-    return [
+    }
+    told = _teaser(list(drawn))
+    more = f", {TILES} of {len(sample.next_items)}" if len(sample.next_items) > TILES else ""
+    story = [
         {"words": "What they liked", "kind": "real", "tiles": had},
-        *drawn,
-        {"words": "What came next", "kind": "real", "tiles": took},
+        *(drawn[row] for row in told),
+        {"words": f"What came next{more}", "kind": "real", "tiles": took},
     ]
+    return {"groups": story, "further": [group for row, group in drawn.items() if row not in told]}
 
 
 def _grid_rows(samples: Samples) -> list[str]:
@@ -276,10 +288,14 @@ def _grid_rows(samples: Samples) -> list[str]:
     return [row for row in GRID_ROWS if row in held] + [row for row in held if row not in GRID_ROWS]
 
 
+def _teaser(held: list[str]) -> list[str]:
+    """The rows that stand between a history and what came next; others follow after."""
+    return [row for row in TEASER if row in held] or held[:3]
+
+
 def _write_grids(folder: Path, samples: Samples, catalogue: Catalogue) -> None:
     held = _grid_rows(samples)
-    chosen = [row for row in TEASER if row in held] or held[:3]
-    write_grid(folder / "personal.png", samples, [(row, _row_words(row)) for row in chosen], catalogue)
+    write_grid(folder / "personal.png", samples, [(row, _row_words(row)) for row in _teaser(held)], catalogue)
     for row in held:
         write_grid(folder / f"{row}.png", samples, [(row, _row_words(row))], catalogue)
 
@@ -318,7 +334,11 @@ def _parse_difference(name: str) -> tuple[str, str, str] | None:
     match = _DIFFERENCE.fullmatch(name)
     if match is None:
         return None
-    return match["left"], match["right"], match["after"] or match["before"] or ""
+    right, metric = match["right"], match["after"] or match["before"] or ""
+    if not metric and right not in ROWS:
+        metric = next((known for known in METRICS if right.endswith("_" + known)), "")
+        right = right.removesuffix("_" + metric) if metric else right
+    return match["left"], right, metric
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
