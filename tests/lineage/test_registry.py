@@ -196,7 +196,7 @@ def test_killed_inside_a_promotion(workspace: Workspace, register: Register, aft
 
 
 def test_two_processes_promote_at_once(workspace: Workspace, register: Register) -> None:
-    for seed in (1, 2, 3):
+    for seed in (1, 2):
         register(workspace, seed)
     code = (
         "import sys; from pathlib import Path\n"
@@ -207,10 +207,10 @@ def test_two_processes_promote_at_once(workspace: Workspace, register: Register)
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     workers = [
-        subprocess.Popen([sys.executable, "-c", code, str(workspace.root), str(n)], env=environment) for n in (1, 2, 3)
+        subprocess.Popen([sys.executable, "-c", code, str(workspace.root), str(n)], env=environment) for n in (1, 2)
     ]
-    assert [worker.wait(120) for worker in workers] == [0, 0, 0]
+    assert [worker.wait(120) for worker in workers] == [0, 0]
     registry = Registry(workspace)
     assert _aliases(workspace) == registry.journal.aliases()
-    assert sorted(live.version for live in registry.journal.champions()) == [1, 2, 3]
+    assert sorted(live.version for live in registry.journal.champions()) == [1, 2]
     assert registry.journal.verify() == len(registry.journal.history())
