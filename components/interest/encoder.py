@@ -28,9 +28,9 @@ class EncoderConfig:
     """Pixels the encoder works at; other sizes are resampled at its door. A multiple of 8."""
     width: int = 64
     """P, the embedding width."""
-    channels: int = 48
+    channels: int = 32
     """Channels of the first layer; the second has twice as many."""
-    steps: int = 400
+    steps: int = 280
     """Training steps."""
     batch: int = 128
     learning_rate: float = 4e-3

@@ -1,4 +1,7 @@
-"""Ranking quality of a judge: AUC within a user, its weighted mean over users, and intervals over users."""
+"""Does a judge know its user: grouped AUC against popularity-matched negatives, and what it is worth with wrong users.
+
+Letters: W windows, C candidates of a window, U users.
+"""
 
 from __future__ import annotations
 
@@ -6,84 +9,168 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from couturier.components.data.formats import Windows
 from couturier.components.errors import DataError
+
+_ROUNDS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A figure with a 95 % bootstrap interval."""
+    """A mean over users and its 95 % bootstrap interval."""
 
     mean: float
     low: float
     high: float
 
-    def __iter__(self):
-        return iter((self.mean, self.low, self.high))
-
 
 @dataclass(frozen=True, kw_only=True)
-class UserAuc:
-    """AUC of each user who has both labels; ``users`` sorted, ``impressions`` how many rows each has."""
+class Trial:
+    """Candidates to be ranked: ``items_WC`` indices (-1 pads), and which of them were taken (``taken_WC``)."""
 
-    users: np.ndarray
-    auc: np.ndarray
-    impressions: np.ndarray
-
-    @property
-    def gauc(self) -> float:
-        """The impression-weighted mean over users (DIN's GAUC, arXiv 1706.06978)."""
-        return float((self.auc * self.impressions).sum() / self.impressions.sum())
+    items_WC: np.ndarray
+    taken_WC: np.ndarray
 
 
-def user_auc(scores_N: np.ndarray, labels_N: np.ndarray, users_N: np.ndarray) -> UserAuc:
-    """The chance, a user, that a row labelled 1 scores above a row labelled 0; ties count half.
+class Popularity:
+    """Draws negatives so that every item is as often a negative as it is taken: popularity alone then earns nothing.
 
-    From mid-ranks within a user: (sum of positive ranks - p (p + 1) / 2) / (p n).
+    A window's positives are drawn from its basket alike, so an item is taken with ``share_I``: the mean over training
+    windows of 1 / basket size where it is in. Drawing from that and refusing what the basket holds would make popular
+    items rarer among negatives; the drawing weights make up for it, by iterative proportional fitting.
+
+    Args:
+        windows: the training windows.
+        items: how many items the catalogue has.
 
     Raises:
-        DataError: no user has both labels, or a score is not a finite number.
+        DataError: no training basket holds an item.
+    """
+
+    def __init__(self, windows: Windows, items: int) -> None:
+        sizes_W = np.diff(windows.basket_offsets)
+        if not sizes_W.sum():
+            raise DataError("no training window has a basket, so there is nothing to learn a judge from; add events.")
+        owner = np.repeat(np.arange(len(sizes_W)), sizes_W)
+        self.share_I = np.bincount(windows.basket, weights=1 / sizes_W[owner], minlength=items) / (sizes_W > 0).sum()
+        weights_I = self.share_I.copy()
+        pairs = np.unique(owner * items + windows.basket)  # a basket may hold an item twice
+        owner, held = pairs // items, pairs % items
+        for _ in range(_ROUNDS):
+            free_W = 1 - np.bincount(owner, weights=weights_I[held], minlength=len(sizes_W))
+            odds_W = np.where(sizes_W > 0, 1 / free_W.clip(min=0.01), 0.0)
+            left_I = odds_W.sum() - np.bincount(held, weights=odds_W[owner], minlength=items)
+            drawn_I = weights_I * left_I / (sizes_W > 0).sum()
+            weights_I = weights_I * (self.share_I / np.maximum(drawn_I, 1e-12)).clip(0.25, 4.0)
+            weights_I /= weights_I.sum()
+        self._cumulative_I = weights_I.cumsum()
+
+    def draw(self, uniform: np.ndarray) -> np.ndarray:
+        """Item indices of uniform numbers in [0, 1)."""
+        place = np.searchsorted(self._cumulative_I, uniform * self._cumulative_I[-1], side="right")
+        return place.clip(max=len(self._cumulative_I) - 1)
+
+
+class Baskets:
+    """Answers whether a window's next basket holds an item, for many pairs at once."""
+
+    def __init__(self, windows: Windows, items: int) -> None:
+        owner = np.repeat(np.arange(len(windows)), np.diff(windows.basket_offsets))
+        self.items = items
+        self._keys = np.unique(owner * items + windows.basket)
+
+    def hold(self, rows: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """bool of the shape of ``items``; ``rows`` broadcasts against it."""
+        if not len(self._keys):
+            return np.zeros(np.broadcast_shapes(rows.shape, items.shape), dtype=bool)
+        keys = rows * self.items + items
+        place = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
+        return self._keys[place] == keys
+
+
+def negatives(
+    popularity: Popularity, baskets: Baskets, rows: np.ndarray, count: int, random: np.random.Generator
+) -> np.ndarray:
+    """Popularity-matched items ``[len(rows), count]`` that the window's basket does not hold; -1 where none was found.
+
+    Drawn by rejection, so a negative is distributed as training baskets are, given that this basket lacks it.
+    """
+    found = popularity.draw(random.random((len(rows), count)))
+    column = np.asarray(rows, dtype=np.int64)[:, None]
+    for _ in range(_ROUNDS):
+        bad = baskets.hold(column, found)
+        if not bad.any():
+            return found
+        found[bad] = popularity.draw(random.random(int(bad.sum())))
+    found[baskets.hold(column, found)] = -1
+    return found
+
+
+def trial(windows: Windows, popularity: Popularity, items: int, count: int, random: np.random.Generator) -> Trial:
+    """Every window's basket (each item once) against ``count`` popularity-matched negatives."""
+    rows = np.arange(len(windows))
+    bad = negatives(popularity, Baskets(windows, items), rows, count, random)
+    good = [np.unique(windows.basket_of(row)) for row in rows]
+    widest = max((len(basket) for basket in good), default=0)
+    padded = np.full((len(windows), widest), -1, dtype=np.int64)
+    for row, basket in zip(padded, good, strict=True):
+        row[: len(basket)] = basket
+    taken = np.concatenate([padded >= 0, np.zeros(bad.shape, dtype=bool)], axis=1)
+    return Trial(items_WC=np.concatenate([padded, bad], axis=1), taken_WC=taken)
+
+
+def auc_of_windows(scores_WC: np.ndarray, trial: Trial, *, keep_WC: np.ndarray | None = None) -> np.ndarray:
+    """AUC of each window ``[W]``: how often a taken item outranks another, ties half. NaN where one side is empty.
+
+    ``keep_WC`` leaves candidates out of the count.
 
     Example:
-        >>> user_auc(np.array([2.0, 1.0, 0.0, 1.0]), np.array([1, 0, 0, 1]), np.array([7, 7, 7, 7])).gauc
-        0.875
+        >>> t = Trial(items_WC=np.array([[0, 1, 2]]), taken_WC=np.array([[True, False, False]]))
+        >>> auc_of_windows(np.array([[0.5, 0.1, 0.9]]), t)
+        array([0.5])
     """
-    scores_N, labels_N = np.asarray(scores_N, np.float64), np.asarray(labels_N).astype(bool)
-    if not np.isfinite(scores_N).all():
-        raise DataError("scores hold NaN or infinity; AUC needs finite numbers.")
-    users, owner_N = np.unique(users_N, return_inverse=True)
-    order = np.lexsort((scores_N, owner_N))
-    owner, score, label = owner_N[order], scores_N[order], labels_N[order]
-    begins = np.flatnonzero(np.r_[True, np.diff(owner) != 0]) if len(owner) else np.zeros(0, int)
-    within = np.arange(len(owner)) - np.repeat(begins, np.diff(np.r_[begins, len(owner)]))
-    tie_begins = np.flatnonzero(np.r_[True, (np.diff(owner) != 0) | (np.diff(score) != 0)]) if len(owner) else begins
-    tie_sizes = np.diff(np.r_[tie_begins, len(owner)])
-    rank = np.repeat(within[tie_begins] + (tie_sizes + 1) / 2, tie_sizes)
-    positives = np.bincount(owner, label, minlength=len(users))
-    rows = np.bincount(owner, minlength=len(users))
-    pairs = positives * (rows - positives)
-    both = pairs > 0
-    if not both.any():
-        raise DataError("no user has both a positive and a negative row; GAUC is not defined. Bring more windows.")
-    above = np.bincount(owner, rank * label, minlength=len(users)) - positives * (positives + 1) / 2
-    return UserAuc(users=users[both], auc=above[both] / pairs[both], impressions=rows[both].astype(np.float64))
+    there = trial.items_WC >= 0 if keep_WC is None else (trial.items_WC >= 0) & keep_WC
+    out = np.full(len(scores_WC), np.nan)
+    for row, (scores, taken, real) in enumerate(zip(scores_WC, trial.taken_WC, there, strict=True)):
+        good, bad = scores[taken & real], np.sort(scores[~taken & real])
+        if len(good) and len(bad):
+            below = np.searchsorted(bad, good, side="left") + np.searchsorted(bad, good, side="right")
+            out[row] = below.mean() / (2 * len(bad))
+    return out
 
 
-def bootstrap(
-    values_U: np.ndarray, weights_U: np.ndarray, random: np.random.Generator, *, draws: int = 2000
-) -> Interval:
-    """The weighted mean over users and its 95 % percentile interval over ``draws`` resamplings of users."""
-    counts = random.multinomial(len(values_U), np.full(len(values_U), 1 / len(values_U)), size=draws)
-    means = (counts @ (values_U * weights_U)) / (counts @ weights_U)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Interval(mean=float((values_U * weights_U).sum() / weights_U.sum()), low=float(low), high=float(high))
+def user_means(values_W: np.ndarray, user_W: np.ndarray) -> np.ndarray:
+    """Mean over the windows of each user ``[U]`` that has one with a value."""
+    real = ~np.isnan(values_W)
+    _, index = np.unique(user_W[real], return_inverse=True)
+    return np.bincount(index, weights=values_W[real]) / np.maximum(1, np.bincount(index))
 
 
-def difference(a: UserAuc, b: UserAuc, random: np.random.Generator) -> Interval:
-    """The paired difference ``a - b`` over the same users and rows, with its interval.
+def interval(values_W: np.ndarray, user_W: np.ndarray, random: np.random.Generator, *, draws: int = 1000) -> Interval:
+    """Mean over users, each user once, with the 2.5 % and 97.5 % quantiles of a bootstrap over users.
 
-    Raises:
-        DataError: the two do not speak of the same users.
+    NaN where no window has a value.
     """
-    if not np.array_equal(a.users, b.users):
-        raise DataError("the two sides of a paired difference hold different users; score the same rows with both.")
-    return bootstrap(a.auc - b.auc, a.impressions, random)
+    means_U = user_means(values_W, user_W)
+    if not len(means_U):
+        return Interval(mean=np.nan, low=np.nan, high=np.nan)
+    drawn = np.array([means_U[random.integers(len(means_U), size=len(means_U))].mean() for _ in range(draws)])
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Interval(mean=float(means_U.mean()), low=float(low), high=float(high))
+
+
+def wrong_users(user_W: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """For each window a window of somebody else ``[W]``; its own index where there is nobody else.
+
+    Users stand in a random ring, and each is lent the windows of the next, so that no history is lent twice as often.
+    """
+    users, index = np.unique(user_W, return_inverse=True)
+    ring = random.permutation(len(users))
+    following = np.empty(len(users), dtype=np.int64)
+    following[ring] = np.roll(ring, -1)
+    windows_of = np.split(np.argsort(index, kind="stable"), np.bincount(index).cumsum()[:-1]) if len(users) else []
+    out = np.arange(len(user_W))
+    for user, mine in enumerate(windows_of):
+        theirs = windows_of[following[user]]
+        out[mine] = theirs[np.arange(len(mine)) % len(theirs)] if following[user] != user else mine
+    return out
