@@ -56,20 +56,26 @@ PANELS = (
         series={"sft_nats": "next item"},
         late=True,
     ),
-    Panel(stage="sft", title="Grounding: nats to draw what is named", series={"grounding_nats": "named item"}, late=True),
+    Panel(
+        stage="sft", title="Grounding: nats to draw what is named", series={"grounding_nats": "named item"}, late=True
+    ),
     Panel(stage="rl", title="RL: reward", series={"reward": "sum of all terms"}),
     Panel(
         stage="rl",
         title="RL: reward, term by term",
         series={
-            f"reward_{name}": name
-            for name in ("coverage", "judge", "future", "copying", "validity", "dissimilarity")
+            f"reward_{name}": name for name in ("coverage", "judge", "future", "copying", "validity", "dissimilarity")
         },
     ),
     Panel(
         stage="rl",
         title="RL: share of drawn pictures",
-        series={"basket_precision": "in the next basket", "copied": "in the history", "distinct": "distinct", "valid": "valid"},
+        series={
+            "basket_precision": "in the next basket",
+            "copied": "in the history",
+            "distinct": "distinct",
+            "valid": "valid",
+        },
     ),
     Panel(
         stage="rl",
@@ -117,7 +123,9 @@ def charts(curves: dict[str, pl.DataFrame]) -> list[Chart]:
         named = {name for panel in panels for name in panel.series}
         for name in series:
             if name not in named:
-                panels.append(Panel(stage=stage, title=f"{_stage_words(stage)}: {words(name)}", series={name: words(name)}))
+                panels.append(
+                    Panel(stage=stage, title=f"{_stage_words(stage)}: {words(name)}", series={name: words(name)})
+                )
         for panel in panels:
             chosen = {label: series[name] for name, label in panel.series.items() if name in series}
             if chosen:
@@ -318,12 +326,20 @@ def real_tiles(items: Sequence[int], catalogue: Catalogue) -> list[Tile]:
 
 
 def _group(
-    sheet: Image.Image, draw: ImageDraw.ImageDraw, corner: tuple[int, int], tiles: list[Tile], size: GridSize, *, marked: bool
+    sheet: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    corner: tuple[int, int],
+    tiles: list[Tile],
+    size: GridSize,
+    *,
+    marked: bool,
 ) -> None:
     for k, tile in enumerate(tiles):
         x = corner[0] + k % size.across * (size.tile + size.gap)
         y = corner[1] + k // size.across * (size.tile + size.gap)
-        picture = Image.fromarray(np.ascontiguousarray(tile.rgb)).resize((size.tile, size.tile), Image.Resampling.NEAREST)
+        picture = Image.fromarray(np.ascontiguousarray(tile.rgb)).resize(
+            (size.tile, size.tile), Image.Resampling.NEAREST
+        )
         sheet.paste(picture, (x, y))
         if marked and tile.copied:
             draw.rectangle((x - 3, y - 3, x + size.tile + 2, y + size.tile + 2), outline=_COPIED, width=3)

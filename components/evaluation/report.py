@@ -1,8 +1,8 @@
 """The page that says what a run proved: one HTML file that opens offline, and picture grids as PNG files.
 
-    table.json ─┐
-    samples ────┼─▶ words and figures ─▶ report.html (pictures inside as data URIs, no address outside it)
-    curves ─────┘                    └▶ grids/*.png
+table.json ─┐
+samples ────┼─▶ words and figures ─▶ report.html (pictures inside as data URIs, no address outside it)
+curves ─────┘                    └▶ grids/*.png
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from couturier.components.data.formats import Catalogue
 from couturier.components.evaluation.charts import (
     HEIGHT,
     WIDTH,
-    Chart,
     charts,
     data_uri,
     number,
@@ -118,8 +117,14 @@ def headline(table: Mapping[str, Any]) -> list[tuple[str, str]]:
     nll = table.get("nll", {})
     if (gap := _triple(nll.get("wrong_minus_true", nll.get("gap")))) is not None:
         verdict = _verdict(gap)
-        proven = {"yes": "The history matters", "no": "The history misleads", "open": "The history is not proven to matter"}
-        said.append((verdict, f"{proven[verdict]}: a wrong person's costs {_span(gap)} nats a picture more than one's own."))
+        proven = {
+            "yes": "The history matters",
+            "no": "The history misleads",
+            "open": "The history is not proven to matter",
+        }
+        said.append(
+            (verdict, f"{proven[verdict]}: a wrong person's costs {_span(gap)} nats a picture more than one's own.")
+        )
     for name, value in table.get("differences", {}).items():
         found, triple = _parse_difference(name), _triple(value)
         if found is None or triple is None or found[2] not in ("", "basket_precision"):
@@ -130,7 +135,9 @@ def headline(table: Mapping[str, Any]) -> list[tuple[str, str]]:
     if (gauc := _triple(judge.get("gauc"))) is not None:
         own = _triple((gauc[0] - 0.5, gauc[1] - 0.5, gauc[2] - 0.5)) or gauc
         tail = "better than chance" if _verdict(own) == "yes" else "not proven better than chance"
-        said.append((_verdict(own), f"The judge ranks what a person takes next at GAUC {_span(gauc, signed=False)}, {tail}."))
+        said.append(
+            (_verdict(own), f"The judge ranks what a person takes next at GAUC {_span(gauc, signed=False)}, {tail}.")
+        )
     return said
 
 
@@ -237,7 +244,11 @@ def _figures(table: Mapping[str, Any]) -> list[dict[str, Any]]:
         lines = []
         for name, value in _flat(table.get(key) or {}).items():
             triple = _triple(value)
-            lines.append((_name_words(name), number(triple[0]), _interval(triple)) if triple else (words(name), _plain(value), ""))
+            lines.append(
+                (_name_words(name), number(triple[0]), _interval(triple))
+                if triple
+                else (words(name), _plain(value), "")
+            )
         if lines:
             blocks.append({"title": title, "lines": lines})
     return blocks

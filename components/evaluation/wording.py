@@ -14,7 +14,11 @@ METRICS: dict[str, tuple[str, str, int]] = {
     "ndcg@10": ("NDCG@10", "The same ranking, where a higher place counts more, against the ideal order.", 1),
     "hr_target": ("Target drawn", "Share of moments where some picture is one given item of the next basket.", 1),
     "sim_next": ("Like next", "Cosine from a picture to the nearest item of the next basket.", 1),
-    "sim_history": ("Like history", "Cosine from a picture to the nearest item of the history: personal, or copied.", 0),
+    "sim_history": (
+        "Like history",
+        "Cosine from a picture to the nearest item of the history: personal, or copied.",
+        0,
+    ),
     "diversity": ("Diversity", "Mean distance between two pictures of one person: 0 means all alike.", 1),
     "distinct": ("Distinct", "Different items among the pictures of one person, as a share of them.", 1),
     "between_user": ("Between people", "Mean distance to the pictures of other people: 0 means all get the same.", 1),
@@ -41,7 +45,11 @@ METRICS: dict[str, tuple[str, str, int]] = {
 ROWS: dict[str, tuple[str, str, str]] = {
     # name: (words, what it is, group)
     "grpo": ("GRPO", "The generator after reinforcement learning, with the person's own history.", "ours"),
-    "grpo_guided": ("GRPO, guided", "The generator after RL, pushed further towards the history while sampling.", "ours"),
+    "grpo_guided": (
+        "GRPO, guided",
+        "The generator after RL, pushed further towards the history while sampling.",
+        "ours",
+    ),
     "sft": ("SFT", "The generator after supervised fine-tuning only, with the person's own history.", "ours"),
     "sft_guided": ("SFT, guided", "SFT pushed further towards the history while sampling; no RL.", "ours"),
     "best_of_n": ("SFT, best of n", "SFT draws many, the judge keeps the best: the same compute without RL.", "ours"),
@@ -51,7 +59,11 @@ ROWS: dict[str, tuple[str, str, str]] = {
     "sft_wrong_user": ("Wrong person, SFT", "The SFT generator given somebody else's history.", "controls"),
     "random_item": ("Random item", "Real items drawn at random from the catalogue.", "controls"),
     "copy_last": ("Copy last", "The items the person took last.", "controls"),
-    "copy_favourites": ("Copy favourites", "The items the person took most: hard to beat where people buy again.", "controls"),
+    "copy_favourites": (
+        "Copy favourites",
+        "The items the person took most: hard to beat where people buy again.",
+        "controls",
+    ),
     "nearest_item": ("Nearest item", "The real items nearest to the mean of the history.", "controls"),
     "popularity": ("Popularity", "The items most taken by everybody.", "controls"),
     "oracle": ("Oracle", "The true next items, put through the codec: the best any drawing could do.", "oracle"),
