@@ -1,7 +1,7 @@
 """A judge with target attention: what of a history counts depends on the candidate, on when and on how much.
 
     history item ─▶ keys, values ┐                       ┌ pooled value x candidate (temporal interest network) ┐
-    age, weight  ─▶ gates ───────┼▶ attention by candidate┤                                                      ├▶ logit
+    age, weight  ─▶ gates ───────┼▶ attention by candidate┤                                                      ├▶logit
     candidate    ─▶ query, value ┘                       └ likeness: is it there already, how often, how lately ┘
 
 The pooling is target-aware twice, in the attention and in the value (Zhou et al. 2024, "Temporal Interest Network");
@@ -14,18 +14,19 @@ D = P + W + 1 features (the last says whether there are words), H heads, E width
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from couturier.components.errors import ConfigError, DataError
-from couturier.components.interest.encoder import EncoderConfig, TileEncoder, embedded
+from couturier.components.interest.encoder import TileEncoder, embedded
 from couturier.components.interest.types import HistoryBatch, check_finite
 
 _SHARPNESS = (3.0, 10.0, 30.0)  # of the likeness kernels at the start; learned
 _TIMES = 6
+_EXPLAINED = 128  # history items left out at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,54 +180,91 @@ class AttentionJudge(nn.Module):
         return self._score(state, candidates_UCD)
 
     def _score(self, state: AttentionState, candidates_UCD: Tensor) -> Tensor:
+        weight_UHCT = self._attention(state, candidates_UCD)
+        pooled_UCHE = torch.einsum("uhct,uthe->uche", weight_UHCT, state.values_UTHE)
+        length_U = state.real_UT.sum(1).float()
+        length_UC = length_U[:, None].expand(candidates_UCD.shape[:2])
+        taste_UCX = self.taste(candidates_UCD)
+        return self._logit(pooled_UCHE.flatten(2), taste_UCX, self._likeness(state, candidates_UCD), length_UC)
+
+    def _attention(self, state: AttentionState, candidates_UCD: Tensor) -> Tensor:
+        """Weights ``[U, H, C, 1 + T]``; the first is the learned row's."""
         u, c, _ = candidates_UCD.shape
         h, e = self.config.heads, self.config.head_width
         query_UCHE = self.query(candidates_UCD).view(u, c, h, e)
-        attention_UHCT = torch.einsum("uche,uthe->uhct", query_UCHE, state.keys_UTHE) / e**0.5
-        attention_UHCT = (attention_UHCT + state.bias_UTH.permute(0, 2, 1)[:, :, None]).softmax(-1)
-        pooled_UCX = torch.einsum("uhct,uthe->uche", attention_UHCT, state.values_UTHE).reshape(u, c, h * e)
-        interest_UCX = pooled_UCX * self.taste(candidates_UCD)
-        likeness_UCX = self._likeness(state, candidates_UCD)
-        length_U = state.real_UT.sum(1).float()
-        known_UC2 = torch.stack([length_U.log1p() / 4, (length_U == 0).float()], -1)[:, None].expand(u, c, 2)
-        logits_UC1 = self.head(torch.cat([interest_UCX, likeness_UCX, known_UC2], -1)) + self.shortcut(likeness_UCX)
-        return logits_UC1[..., 0]
+        match_UHCT = torch.einsum("uche,uthe->uhct", query_UCHE, state.keys_UTHE) / e**0.5
+        weight_UHCT: Tensor = (match_UHCT + state.bias_UTH.permute(0, 2, 1)[:, :, None]).softmax(-1)
+        return weight_UHCT
+
+    def _logit(self, pooled_X: Tensor, taste_X: Tensor, likeness_L: Tensor, length: Tensor) -> Tensor:
+        """From what attention found, the candidate, what is like it, and how long the history is; any leading axes."""
+        known_2 = torch.stack([length.log1p() / 4, (length == 0).float()], dim=-1)
+        hidden = torch.cat([pooled_X * taste_X, likeness_L, known_2], dim=-1)
+        found: Tensor = self.head(hidden) + self.shortcut(likeness_L)
+        return found[..., 0]
 
     def _look(self, features_ND: Tensor) -> Tensor:
         """The picture part in the space where likeness is a cosine, of unit length."""
         return F.normalize(self.look(features_ND[..., : self.encoder.config.width]), dim=-1)
 
+    def _cosine(self, state: AttentionState, candidates_UCD: Tensor) -> Tensor:
+        """``[U, C, T]``, 0 where padded or pointing away, so that padding is never the closest."""
+        cosine_UCT = self._look(candidates_UCD) @ state.look_UTP.transpose(1, 2)
+        return cosine_UCT.clamp_min(0) * state.real_UT[:, None]
+
+    def _gated(self, state: AttentionState, cosine_UCT: Tensor) -> list[Tensor]:
+        """``exp(b (cos - 1))`` times the gate of each history item, ``[U, C, T]`` a kernel."""
+        return [
+            (sharpness * (cosine_UCT - 1)).exp() * state.gates_UTB[:, None, :, index]
+            for index, sharpness in enumerate(self.sharpness.exp())
+        ]
+
     def _likeness(self, state: AttentionState, candidates_UCD: Tensor) -> Tensor:
-        """Closest cosine, and per kernel ``exp(b (cos - 1))`` the gated sum over the history and its closest gated item.
+        """Closest cosine, and per kernel the gated sum over the history and its closest gated item.
 
         ``[U, C, 2 B + 1]``; all 0 for an empty history.
         """
         u, c, _ = candidates_UCD.shape
         if state.real_UT.shape[1] == 0:
             return candidates_UCD.new_zeros(u, c, 2 * len(_SHARPNESS) + 1)
-        cosine_UCT = self._look(candidates_UCD) @ state.look_UTP.transpose(1, 2)
-        cosine_UCT = cosine_UCT * state.real_UT[:, None]
+        cosine_UCT = self._cosine(state, candidates_UCD)
         found = [cosine_UCT.amax(-1)]
-        for index, sharpness in enumerate(self.sharpness.exp()):
-            gated_UCT = (sharpness * (cosine_UCT - 1)).exp() * state.gates_UTB[:, None, :, index]
+        for gated_UCT in self._gated(state, cosine_UCT):
             found += [gated_UCT.sum(-1).log1p(), gated_UCT.amax(-1)]
         return torch.stack(found, dim=-1)
 
+    @torch.no_grad()
     def explain(self, history: HistoryBatch, candidates_UCD: Tensor) -> Tensor:
         """Contributions ``[U, C, T]``: the logit minus the logit without that history item; 0 where padded.
 
-        Costs T scorings: exact, not a gradient, because a sharp likeness has no useful slope.
+        A difference, not a gradient, because a sharp likeness has no useful slope. Leaving an item out takes one term
+        out of each sum and lets each maximum fall to the next, so the cost grows with T and not with its square. The
+        other items keep their shares of the history's weight.
         """
         state = self.encode(history)
         whole_UC = self.score(state, candidates_UCD)
+        weight_UHCT = self._attention(state, candidates_UCD)
+        pooled_UCHE = torch.einsum("uhct,uthe->uche", weight_UHCT, state.values_UTHE)
+        cosine_UCT = self._cosine(state, candidates_UCD)
+        gated = self._gated(state, cosine_UCT)
+        likeness = [_largest_without(cosine_UCT)] if cosine_UCT.shape[-1] else []
+        for gated_UCT in gated if likeness else []:
+            rest_UCT = (gated_UCT.sum(-1, keepdim=True) - gated_UCT).clamp_min(0)
+            likeness += [rest_UCT.log1p(), _largest_without(gated_UCT)]
+        taste_UC1X = self.taste(candidates_UCD)[:, :, None]
+        length_U = (state.real_UT.sum(1).float() - 1).clamp_min(0)
         parts = []
-        for t in range(state.real_UT.shape[1]):
-            real_UT, bias_UTH, gates_UTB = state.real_UT.clone(), state.bias_UTH.clone(), state.gates_UTB.clone()
-            real_UT[:, t], bias_UTH[:, t + 1], gates_UTB[:, t] = False, -torch.inf, 0.0
-            without = replace(state, real_UT=real_UT, bias_UTH=bias_UTH, gates_UTB=gates_UTB)
-            difference_UC = whole_UC - self._score(without, candidates_UCD)
-            parts.append(difference_UC.masked_fill(~state.real_UT[:, t, None], 0.0))
-        return torch.stack(parts, dim=-1) if parts else whole_UC.new_zeros(*whole_UC.shape, 0)
+        for start in range(0, cosine_UCT.shape[-1], _EXPLAINED):
+            part = slice(start, start + _EXPLAINED)
+            own_UCTH = weight_UHCT[..., 1:][..., part].permute(0, 2, 3, 1)[..., None]
+            values_U1THE = state.values_UTHE[:, 1:][:, part][:, None]
+            others_UCTHE = (pooled_UCHE[:, :, None] - own_UCTH * values_U1THE) / (1 - own_UCTH).clamp_min(1e-6)
+            likeness_UCTL = torch.stack([value[..., part] for value in likeness], dim=-1)
+            length_UCT = length_U[:, None, None].expand(likeness_UCTL.shape[:3])
+            parts.append(self._logit(others_UCTHE.flatten(3), taste_UC1X, likeness_UCTL, length_UCT))
+        if not parts:
+            return whole_UC.new_zeros(*whole_UC.shape, 0)
+        return (whole_UC[..., None] - torch.cat(parts, dim=-1)).masked_fill(~state.real_UT[:, None], 0.0)
 
     @torch.no_grad()
     def calibrate(self, logits: Tensor) -> None:
@@ -236,6 +274,13 @@ class AttentionJudge(nn.Module):
     def standardise(self, logits: Tensor) -> Tensor:
         """Logits in units of the SD over (train user, random catalogue picture) pairs, 0 at their mean."""
         return (logits - self.calibration[0]) / self.calibration[1]
+
+
+def _largest_without(values_UCT: Tensor) -> Tensor:
+    """For each place of the last axis the largest of the others; 0 where there is no other. Values are not negative."""
+    top = F.pad(values_UCT, (0, 1)).topk(2, dim=-1)
+    at_UCT = torch.arange(values_UCT.shape[-1], device=values_UCT.device)
+    return torch.where(at_UCT == top.indices[..., :1], top.values[..., 1:], top.values[..., :1])
 
 
 def _times(age_days_UT: Tensor, weight_UT: Tensor) -> Tensor:

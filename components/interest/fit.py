@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from couturier.components.data.formats import Catalogue, Windows
-from couturier.components.errors import ConfigError, DataError, TrainingError
-from couturier.components.interest.attention_judge import AttentionConfig, AttentionJudge
+from couturier.components.errors import ConfigError, TrainingError
+from couturier.components.interest.attention_judge import AttentionConfig, AttentionJudge, AttentionState
 from couturier.components.interest.encoder import (
     AttributeHeads,
     EncoderConfig,
@@ -34,17 +34,8 @@ from couturier.components.interest.encoder import (
     word_bags,
 )
 from couturier.components.interest.judge import history_batch, judge_class, save_judge
-from couturier.components.interest.metrics import (
-    Baskets,
-    Interval,
-    Popularity,
-    Trial,
-    auc_of_windows,
-    interval,
-    negatives,
-    trial,
-    wrong_users,
-)
+from couturier.components.interest.metrics import Baskets, Popularity, negatives, trial, user_auc
+from couturier.components.interest.proof import prove, scores_of
 from couturier.components.lineage.checkpoints import (
     Checkpoints,
     load_module,
@@ -54,8 +45,6 @@ from couturier.components.lineage.checkpoints import (
 )
 from couturier.components.lineage.stages import StageContext
 from couturier.components.runtime import global_seed, seeded, seeded_numpy, threads
-
-_CHUNK = 256  # windows scored at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +135,8 @@ class _Fitter:
         self.curves: list[tuple[int, str, float]] = []
         self.best: dict[str, Tensor] = {}
         self.step, self.best_gauc, self.best_step, self.stopped = 0, -1.0, 0, False
-        self.valid_trial = self._trial("valid")
+        shown = seeded_numpy(config.seed, "judge", "trial", "valid")
+        self.valid_trial = trial(self.windows["valid"], self.popularity, items, config.eval_negatives, shown)
         self._resume()
 
     @property
@@ -160,10 +150,7 @@ class _Fitter:
             self.ctx.tracker.params(asdict(self.config))
         progress.start("judge", self.last, done=self.step, unit="steps")
         while self.step < self.last and not self.stopped:
-            if self.step < self.config.encoder.steps:
-                note = self._encoder_step()
-            else:
-                note = self._judge_step()
+            note = self._encoder_step() if self.step < self.config.encoder.steps else self._judge_step()
             self.step += 1
             if self.step % self.config.checkpoint_every == 0 and self.step < self.last:
                 self._save()
@@ -226,7 +213,9 @@ class _Fitter:
         bad = negatives(self.popularity, self.baskets, rows, config.negatives, random)
         items_UC = torch.from_numpy(np.concatenate([train.basket[place], bad], axis=1).astype(np.int64))
         items_ID = judge.embed_items()
-        logits_UC = judge._score(self._dropped_state(rows, items_ID, noise), self._candidates(items_UC, items_ID, noise))
+        logits_UC = judge._score(
+            self._dropped_state(rows, items_ID, noise), self._candidates(items_UC, items_ID, noise)
+        )
         good_UP, bad_UN = logits_UC[:, : config.positives], logits_UC[:, config.positives :]
         real_UN = items_UC[:, config.positives :] >= 0
         pairs = F.softplus(bad_UN[:, None] - good_UP[:, :, None]) * real_UN[:, None]
@@ -240,7 +229,7 @@ class _Fitter:
             )
         return loss
 
-    def _dropped_state(self, rows: np.ndarray, items_ID: Tensor, noise: torch.Generator):
+    def _dropped_state(self, rows: np.ndarray, items_ID: Tensor, noise: torch.Generator) -> AttentionState:
         """Histories with some items, and now and then all of them, left out."""
         config = self.config
         features_UTD, age_UT, weight_UT, real_UT = history_batch(self.windows["train"], rows, items_ID).padded()
@@ -258,14 +247,8 @@ class _Fitter:
         return torch.cat([self.views_IAP[index, look], items_ID[index][..., width:] * worded_U11], dim=-1)
 
     def _validate(self) -> None:
-        judge = self._judge()
-        if len(self.windows["valid"]):
-            scores_WC = self._scores(judge, "valid", self.valid_trial)
-            found = interval(
-                auc_of_windows(scores_WC, self.valid_trial), self.windows["valid"].user_W, np.random.default_rng(0), draws=1
-            ).mean
-        else:
-            found = math.nan
+        judge, valid = self._judge(), self.windows["valid"]
+        found = user_auc(scores_of(judge, valid, self.valid_trial), self.valid_trial, valid.user_W).gauc
         self._log({"valid_gauc": found})
         if math.isnan(found) or found > self.best_gauc:
             self.best_gauc, self.best_step = (self.best_gauc if math.isnan(found) else found), self.step + 1
@@ -290,59 +273,11 @@ class _Fitter:
         judge.calibrate(judge.score(state, judge.embed_items(words=False)[torch.from_numpy(items_WC)]))
 
     def facts(self, judge: AttentionJudge) -> dict[str, float | int]:
-        """GAUCs on the test windows. Candidates are pictures without words unless the name says otherwise.
-
-        Raises:
-            DataError: there is no test window with a basket.
-        """
-        test, seed = self.windows["test"], self.config.seed
-        if not len(test.basket):
-            raise DataError("no test window has a basket, so nobody can say what the judge is worth; add later events.")
-        trial_ = self._trial("test")
-        lent = wrong_users(test.user_W, seeded_numpy(seed, "judge", "wrong users"))
-        right_W = auc_of_windows(self._scores(judge, "test", trial_), trial_)
-        wrong_W = auc_of_windows(self._scores(judge, "test", trial_, rows=lent), trial_)
-        worded_W = auc_of_windows(self._scores(judge, "test", trial_, words=True), trial_)
-        popular_W = auc_of_windows(self.popularity.share_I[trial_.items_WC.clip(min=0)], trial_)
-        known_WC = (trial_.items_WC[:, :, None] == test.favourites_WK[:, None]).any(-1)
-        new_W = auc_of_windows(self._scores(judge, "test", trial_), trial_, keep_WC=~known_WC)
-        values = {
-            "gauc": right_W,
-            "gauc_wrong_user": wrong_W,
-            "gauc_popularity": popular_W,
-            "gauc_difference": right_W - wrong_W,
-            "gauc_new": new_W,
-            "gauc_with_words": worded_W,
-        }
-        out: dict[str, float | int] = {}
-        for name, value_W in values.items():
-            found: Interval = interval(value_W, test.user_W, seeded_numpy(seed, "judge", "bootstrap"))
-            out |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
-        out = {name: round(value, 5) for name, value in out.items() if not math.isnan(value)}
-        users = len(np.unique(test.user_W))
-        out |= {"users": users, "windows": len(test), "best_step": self.best_step, "valid_gauc": round(self.best_gauc, 5)}
-        return out | {name: round(value, 4) for name, value in self.accuracy.items()}
-
-    def _trial(self, split: str) -> Trial:
-        random = seeded_numpy(self.config.seed, "judge", "trial", split)
-        return trial(self.windows[split], self.popularity, len(self.catalogue), self.config.eval_negatives, random)
-
-    @torch.no_grad()
-    def _scores(
-        self, judge: AttentionJudge, split: str, of: Trial, *, rows: np.ndarray | None = None, words: bool = False
-    ) -> np.ndarray:
-        """Logits ``[W, C]`` of a trial; ``rows`` says whose history stands in for each window's."""
-        judge.eval()
-        windows = self.windows[split]
-        rows = np.arange(len(windows)) if rows is None else rows
-        history_ID, candidates_ID = judge.embed_items(), judge.embed_items(words=words)
-        parts = []
-        for start in range(0, len(rows), _CHUNK):
-            state = judge.encode(history_batch(windows, rows[start : start + _CHUNK], history_ID))
-            items_UC = torch.from_numpy(of.items_WC[start : start + _CHUNK].clip(min=0))
-            parts.append(judge.score(state, candidates_ID[items_UC]))
-        judge.train()
-        return torch.cat(parts).numpy()
+        """What the judge is worth on test windows, what its eyes read, and when it stopped."""
+        config, test = self.config, self.windows["test"]
+        out = prove(judge, test, self.popularity, negatives_a_window=config.eval_negatives, seed=config.seed)
+        seen = {name: round(value, 4) for name, value in self.accuracy.items()}
+        return out | seen | {"best_step": self.best_step, "valid_gauc": round(self.best_gauc, 5)}
 
     def _judge(self) -> AttentionJudge:
         assert self.judge is not None, "the judge opens when the eyes are done"

@@ -75,8 +75,8 @@ def history_items(windows: Windows, rows: np.ndarray, *, catalogue: int) -> tupl
     real_UK = favourites_UK >= 0
     if favourites_UK.size and favourites_UK.max() >= catalogue:
         raise DataError(
-            f"a history names item {favourites_UK.max()}, but the catalogue has {catalogue} items. Cut the windows again "
-            "for this catalogue, or leave unknown items out (-1)."
+            f"a history names item {favourites_UK.max()}, but the catalogue has {catalogue} items. Cut the windows "
+            "again for this catalogue, or leave unknown items out (-1)."
         )
     offsets = np.concatenate([[0], real_UK.sum(1).cumsum()]).astype(np.int64)
     return (

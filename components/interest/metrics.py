@@ -110,7 +110,7 @@ def trial(windows: Windows, popularity: Popularity, items: int, count: int, rand
     """Every window's basket (each item once) against ``count`` popularity-matched negatives."""
     rows = np.arange(len(windows))
     bad = negatives(popularity, Baskets(windows, items), rows, count, random)
-    good = [np.unique(windows.basket_of(row)) for row in rows]
+    good = [np.unique(windows.basket_of(row)) for row in range(len(windows))]
     widest = max((len(basket) for basket in good), default=0)
     padded = np.full((len(windows), widest), -1, dtype=np.int64)
     for row, basket in zip(padded, good, strict=True):
@@ -119,44 +119,65 @@ def trial(windows: Windows, popularity: Popularity, items: int, count: int, rand
     return Trial(items_WC=np.concatenate([padded, bad], axis=1), taken_WC=taken)
 
 
-def auc_of_windows(scores_WC: np.ndarray, trial: Trial, *, keep_WC: np.ndarray | None = None) -> np.ndarray:
-    """AUC of each window ``[W]``: how often a taken item outranks another, ties half. NaN where one side is empty.
+@dataclass(frozen=True, kw_only=True)
+class UserAuc:
+    """AUC of each user with both labels, by rising ``users``; ``impressions_U``: how many candidates each saw."""
 
-    ``keep_WC`` leaves candidates out of the count.
+    users: np.ndarray
+    auc_U: np.ndarray
+    impressions_U: np.ndarray
+
+    @property
+    def gauc(self) -> float:
+        """The impression-weighted mean over users (GAUC; Zhou et al. 2018, arXiv 1706.06978). NaN without users."""
+        weight = self.impressions_U.sum()
+        return float((self.auc_U * self.impressions_U).sum() / weight) if weight else float("nan")
+
+
+def user_auc(scores_WC: np.ndarray, trial: Trial, user_W: np.ndarray, *, keep_WC: np.ndarray | None = None) -> UserAuc:
+    """AUC of each user over all candidates of the user's windows: the chance that a taken one outranks another.
+
+    From mid-ranks, so that ties count half. Users without both a taken and another candidate are left out;
+    ``keep_WC`` leaves candidates out.
+
+    Raises:
+        DataError: a score is not a finite number.
 
     Example:
         >>> t = Trial(items_WC=np.array([[0, 1, 2]]), taken_WC=np.array([[True, False, False]]))
-        >>> auc_of_windows(np.array([[0.5, 0.1, 0.9]]), t)
-        array([0.5])
+        >>> user_auc(np.array([[0.5, 0.1, 0.9]]), t, np.array([7])).gauc
+        0.5
     """
-    there = trial.items_WC >= 0 if keep_WC is None else (trial.items_WC >= 0) & keep_WC
-    out = np.full(len(scores_WC), np.nan)
-    for row, (scores, taken, real) in enumerate(zip(scores_WC, trial.taken_WC, there, strict=True)):
-        good, bad = scores[taken & real], np.sort(scores[~taken & real])
-        if len(good) and len(bad):
-            below = np.searchsorted(bad, good, side="left") + np.searchsorted(bad, good, side="right")
-            out[row] = below.mean() / (2 * len(bad))
-    return out
+    there_WC = trial.items_WC >= 0 if keep_WC is None else (trial.items_WC >= 0) & keep_WC
+    score_N, taken_N = np.asarray(scores_WC, dtype=np.float64)[there_WC], trial.taken_WC[there_WC]
+    if not np.isfinite(score_N).all():
+        raise DataError("a score is NaN or infinite, so candidates cannot be ranked; look at the judge's features.")
+    users, owner_N = np.unique(np.broadcast_to(user_W[:, None], there_WC.shape)[there_WC], return_inverse=True)
+    order = np.lexsort((score_N, owner_N))
+    owner_N, score_N, taken_N = owner_N[order], score_N[order], taken_N[order]
+    rows_U = np.bincount(owner_N, minlength=len(users))
+    begins_U = np.r_[0, rows_U.cumsum()[:-1]].astype(np.int64) if len(users) else np.zeros(0, dtype=np.int64)
+    first_N = np.r_[True, (np.diff(owner_N) != 0) | (np.diff(score_N) != 0)][: len(owner_N)]
+    begin_T = np.flatnonzero(first_N)
+    size_T = np.diff(np.r_[begin_T, len(owner_N)])
+    rank_N = np.repeat(begin_T + (size_T + 1) / 2, size_T) - begins_U[owner_N]
+    taken_U = np.bincount(owner_N, weights=taken_N, minlength=len(users))
+    pairs_U = taken_U * (rows_U - taken_U)
+    above_U = np.bincount(owner_N, weights=rank_N * taken_N, minlength=len(users)) - taken_U * (taken_U + 1) / 2
+    both = pairs_U > 0
+    return UserAuc(users=users[both], auc_U=above_U[both] / pairs_U[both], impressions_U=rows_U[both].astype(float))
 
 
-def user_means(values_W: np.ndarray, user_W: np.ndarray) -> np.ndarray:
-    """Mean over the windows of each user ``[U]`` that has one with a value."""
-    real = ~np.isnan(values_W)
-    _, index = np.unique(user_W[real], return_inverse=True)
-    return np.bincount(index, weights=values_W[real]) / np.maximum(1, np.bincount(index))
-
-
-def interval(values_W: np.ndarray, user_W: np.ndarray, random: np.random.Generator, *, draws: int = 1000) -> Interval:
-    """Mean over users, each user once, with the 2.5 % and 97.5 % quantiles of a bootstrap over users.
-
-    NaN where no window has a value.
-    """
-    means_U = user_means(values_W, user_W)
-    if not len(means_U):
-        return Interval(mean=np.nan, low=np.nan, high=np.nan)
-    drawn = np.array([means_U[random.integers(len(means_U), size=len(means_U))].mean() for _ in range(draws)])
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Interval(mean=float(means_U.mean()), low=float(low), high=float(high))
+def interval(
+    values_U: np.ndarray, weights_U: np.ndarray, random: np.random.Generator, *, draws: int = 1000
+) -> Interval:
+    """Weighted mean over users, with the 2.5 % and 97.5 % quantiles of a bootstrap over users. NaN without users."""
+    count = len(values_U)
+    if not count:
+        return Interval(mean=float("nan"), low=float("nan"), high=float("nan"))
+    drawn = random.multinomial(count, np.full(count, 1 / count), size=draws)
+    low, high = np.quantile((drawn @ (values_U * weights_U)) / (drawn @ weights_U), [0.025, 0.975])
+    return Interval(mean=float((values_U * weights_U).sum() / weights_U.sum()), low=float(low), high=float(high))
 
 
 def wrong_users(user_W: np.ndarray, random: np.random.Generator) -> np.ndarray:

@@ -75,11 +75,15 @@ class HistoryBatch:
             raise DataError(f"offsets is {offsets.dtype} {list(offsets.shape)}, wanted int64 [U + 1].")
         if offsets[0] != 0 or offsets[-1] != n or (offsets.diff() < 0).any():
             raise DataError(f"offsets must rise from 0 to {n}; they start at {offsets[0]} and end at {offsets[-1]}.")
-        for name, value in (("features_ND", self.features_ND), ("age_days_N", self.age_days_N), ("weight_N", self.weight_N)):
+        for name, value in (
+            ("features_ND", self.features_ND),
+            ("age_days_N", self.age_days_N),
+            ("weight_N", self.weight_N),
+        ):
             check_finite(f"history {name}", value)
 
     def padded(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``(features_UTD, age_days_UT, weight_UT, real_UT)``, zeros on the right; ``real_UT`` is True for real rows."""
+        """``(features_UTD, age_days_UT, weight_UT, real_UT)``, zeros on the right, where ``real_UT`` is False."""
         lengths = self.lengths
         longest = int(lengths.max()) if len(lengths) else 0
         real_UT = torch.arange(longest, device=lengths.device) < lengths[:, None]
@@ -132,7 +136,9 @@ def check_finite(what: str, value: Tensor) -> None:
     """Raises:
     DataError: a value is NaN or infinite.
     """
-    # The sum is finite unless a value is not (or the sum overflows): far cheaper than a mask for what is nearly always fine.
+    # The sum is finite unless a value is not (or it overflows): far cheaper than a mask for what is nearly always fine.
     if not torch.isfinite(value.detach().sum()) and not bool(torch.isfinite(value).all()):
         bad = int((~torch.isfinite(value)).sum())
-        raise DataError(f"{what} holds {bad} values that are not finite numbers (NaN or infinity); leave those rows out.")
+        raise DataError(
+            f"{what} holds {bad} values that are not finite numbers (NaN or infinity); leave those rows out."
+        )
