@@ -30,7 +30,10 @@ class Weights:
 
     coverage: float = 2.0
     """Leave-one-out coverage of the next basket by the group: what a picture adds that no other of its group has."""
-    judge: float = 0.25
+    prospect: float = 4.0
+    """How likely the item is in the next basket by the judge and its popularity: coverage expected, not observed, so it
+    has a value for every picture where the one basket that was seen is nearly always silent."""
+    judge: float = 0.1
     """The judge's standardised logit, in SD."""
     future: float = 0.25
     """Whether the picture is an item of the baskets after the next."""
@@ -38,9 +41,9 @@ class Weights:
     """Penalty on pictures out of the history, for the share of the group beyond ``copy_allowed``."""
     validity: float = 1.0
     """Penalty for pixels far from every real tile: mush that an encoder's cosine does not see."""
-    dissimilarity: float = 0.5
+    dissimilarity: float = 0.3
     """Mean feature distance to the other pictures of the group."""
-    copy_allowed: float = 0.35
+    copy_allowed: float = 0.4
     """Share of a group that may come from the history at no cost."""
     valid_db: float = 26.0
     """PSNR to the nearest real tile from which on a picture is flawless."""
@@ -55,13 +58,14 @@ class Rollout:
     """A batch of groups and what is known about each picture.
 
     nearest_Un: catalogue index of the nearest tile; psnr_Un: decibels to it; features_UnD: the judge's features;
-    liking_Un: the judge's standardised logit; basket_UI, future_UI, history_UI: bool membership of items.
+    liking_Un: the judge's standardised logit; prospect_UI: probability that an item is in the next basket; basket_UI, future_UI, history_UI: bool membership of items.
     """
 
     nearest_Un: Tensor
     psnr_Un: Tensor
     features_UnD: Tensor
     liking_Un: Tensor
+    prospect_UI: Tensor
     basket_UI: Tensor
     future_UI: Tensor
     history_UI: Tensor
@@ -73,6 +77,11 @@ def coverage(rollout: Rollout, weights: Weights) -> Tensor:
     Coverage of a group is the number of basket items it shows; this is coverage(group) - coverage(group without i).
     """
     return (_is_in(rollout.basket_UI, rollout.nearest_Un) & (_same(rollout).sum(-1) == 1)).float()
+
+
+def prospect(rollout: Rollout, weights: Weights) -> Tensor:
+    """The probability of the picture's item, shared among the pictures of its group that show the same item."""
+    return rollout.prospect_UI.gather(1, rollout.nearest_Un) / _same(rollout).sum(-1)
 
 
 def judge(rollout: Rollout, weights: Weights) -> Tensor:
@@ -109,6 +118,7 @@ def dissimilarity(rollout: Rollout, weights: Weights) -> Tensor:
 
 TERMS: Mapping[str, Callable[[Rollout, Weights], Tensor]] = {
     "coverage": coverage,
+    "prospect": prospect,
     "judge": judge,
     "future": future,
     "copying": copying,
@@ -128,6 +138,18 @@ def advantages(reward_Un: Tensor, *, by_std: bool = True) -> Tensor:
     """Group-relative advantage: centred on the group's mean, divided by its standard deviation + 1e-4 (1.6.3)."""
     centred = reward_Un - reward_Un.mean(1, keepdim=True)
     return centred / (reward_Un.std(1, keepdim=True, correction=0) + 1e-4) if by_std else centred
+
+
+def prospects(logits_UI: Tensor, base_I: Tensor) -> Tensor:
+    """Probability ``[U, I]`` that an item is in a person's next basket, from the judge's logits and base rates.
+
+    The judge is fitted against popularity-matched negatives, so its logit is the log of how much likelier than its
+    popularity an item is for this person. Times the base rate, and scaled so that each person expects as many items as
+    an average basket holds, that is a rate; 1 - exp(-rate) is the probability of at least one.
+    """
+    lift_UI = (logits_UI - logits_UI.amax(1, keepdim=True)).exp()
+    rate_UI = base_I * lift_UI
+    return 1 - (-rate_UI * (base_I.sum() / rate_UI.sum(1, keepdim=True))).exp()
 
 
 def membership(values: list[np.ndarray], items: int) -> Tensor:

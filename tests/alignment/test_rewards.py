@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from couturier.components.alignment.rewards import TERMS, Rollout, Weights, advantages, membership, score
+from couturier.components.alignment.rewards import (
+    TERMS,
+    Rollout,
+    Weights,
+    advantages,
+    membership,
+    prospects,
+    score,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +30,7 @@ def rollout(
         psnr_Un=torch.full((1, n), psnr),
         features_UnD=features,
         liking_Un=torch.zeros(1, n),
+        prospect_UI=torch.linspace(0.1, 0.6, ITEMS)[None],
         basket_UI=membership([np.array(basket, int)], ITEMS),
         future_UI=membership([np.array(future, int)], ITEMS),
         history_UI=membership([np.array(history, int)], ITEMS),
@@ -39,6 +48,21 @@ def test_coverage_equals_the_leave_one_out_definition(nearest: list[int], basket
     found = TERMS["coverage"](rollout(nearest, basket=sorted(basket)), Weights())[0].tolist()
     whole = len(set(nearest) & basket)
     assert found == [whole - len(set(nearest[:i] + nearest[i + 1 :]) & basket) for i in range(len(nearest))]
+
+
+def test_prospect_is_shared_among_pictures_of_one_item() -> None:
+    found = TERMS["prospect"](rollout([0, 0, 5]), Weights())
+    assert found[0].tolist() == pytest.approx([0.05, 0.05, 0.6])
+
+
+def test_prospects_follow_popularity_times_lift_and_sum_to_a_basket() -> None:
+    base = torch.tensor([0.2, 0.1, 0.1])
+    flat = prospects(torch.zeros(1, 3), base)
+    assert flat[0].tolist() == pytest.approx((1 - (-base).exp()).tolist())
+    lifted = prospects(torch.tensor([[0.0, np.log(3.0), 0.0]]), base)
+    rates = -(1 - lifted).log()
+    assert float(rates.sum()) == pytest.approx(0.4)
+    assert float(rates[0, 1] / rates[0, 2]) == pytest.approx(3.0, rel=1e-4)
 
 
 def test_future_is_shared_among_pictures_of_one_item() -> None:
