@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from couturier.components.data.formats import Catalogue
 from couturier.components.evaluation.samples import Samples, Tile
+from couturier.components.evaluation.wording import number, words
 from couturier.components.files import written_beside
 
 WIDTH, HEIGHT = 320, 150  # of a curve's drawing area, in SVG units
@@ -132,33 +133,6 @@ def charts(curves: dict[str, pl.DataFrame]) -> list[Chart]:
                 extra = stage != "judge" and not named & set(panel.series)
                 drawn.append(_chart(panel, chosen, extra=extra))
     return drawn
-
-
-def words(name: str) -> str:
-    """A name of code as words: ``valid_nats`` → ``valid nats``."""
-    return name.replace("_", " ").strip()
-
-
-def number(value: float | int | None, digits: int | None = None, *, signed: bool = False) -> str:
-    """A figure as people write it: ``.107``, ``12.4``, ``−.02``; an en dash for what is missing or not finite.
-
-    Args:
-        digits: after the point; three significant ones when None.
-    """
-    if value is None or not math.isfinite(value):
-        return "–"
-    size = abs(value)
-    if digits is None:
-        whole = float(value).is_integer() and size >= 1
-        digits = 0 if whole or size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3
-    text = f"{size:,.{digits}f}"
-    empty = not text.strip("0.,")
-    if empty:
-        text = "0"
-    elif text.startswith("0."):
-        text = text[1:]
-    sign = "" if empty else "−" if value < 0 else "+" if signed else ""
-    return sign + text
 
 
 def _stage_words(stage: str) -> str:

@@ -1,6 +1,14 @@
-"""What the rows and figures of an evaluation are called, and what each means, for people who did not make them."""
+"""What the rows and figures of an evaluation are called and mean, and how a figure is written, for people who did not
+make them."""
 
 from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Triple = tuple[float, float, float]  # mean, lower end, upper end
 
 METRICS: dict[str, tuple[str, str, int]] = {
     # name: (words, what it means, +1 higher is better | -1 lower | 0 neither)
@@ -28,7 +36,7 @@ METRICS: dict[str, tuple[str, str, int]] = {
     "mush": ("Mush", "Share of pictures that are far, pixel by pixel, from every real tile.", -1),
     "frechet": (
         "Fréchet",
-        "Distance of all pictures from the real next items, on this report's own encoder: compare within this table only.",
+        "Distance of all pictures from the real next items, on this encoder only: compare within this table.",
         -1,
     ),
     "judge": ("Judge", "Score of the user-interest judge, in standard deviations. RL was trained on it.", 1),
@@ -55,7 +63,6 @@ ROWS: dict[str, tuple[str, str, str]] = {
     "best_of_n": ("SFT, best of n", "SFT draws many, the judge keeps the best: the same compute without RL.", "ours"),
     "unconditional": ("No history", "The generator told nothing about the person.", "controls"),
     "wrong_user": ("Wrong person", "The generator after RL given somebody else's history.", "controls"),
-    "wrong_user_sft": ("Wrong person, SFT", "The SFT generator given somebody else's history.", "controls"),
     "sft_wrong_user": ("Wrong person, SFT", "The SFT generator given somebody else's history.", "controls"),
     "random_item": ("Random item", "Real items drawn at random from the catalogue.", "controls"),
     "copy_last": ("Copy last", "The items the person took last.", "controls"),
@@ -66,6 +73,16 @@ ROWS: dict[str, tuple[str, str, str]] = {
     ),
     "nearest_item": ("Nearest item", "The real items nearest to the mean of the history.", "controls"),
     "popularity": ("Popularity", "The items most taken by everybody.", "controls"),
+    "popularity_eq": (
+        "Popularity, as new",
+        "Popular items, with as many out of the history as GRPO drew for the same person: equal novelty.",
+        "controls",
+    ),
+    "copy_favourites_eq": (
+        "Favourites, as new",
+        "As many favourites as GRPO drew out of the history, popular new items for the rest: equal novelty.",
+        "controls",
+    ),
     "oracle": ("Oracle", "The true next items, put through the codec: the best any drawing could do.", "oracle"),
 }
 GROUPS = {"ours": "Our generators", "controls": "Controls", "oracle": "Upper bound"}
@@ -75,10 +92,139 @@ SPOKEN: dict[str, str] = {
     "sft_guided": "guided SFT",
     "best_of_n": "best-of-n SFT",
     "unconditional": "no history",
+    "wrong_user": "a wrong person's history",
+    "sft_wrong_user": "SFT with a wrong person's history",
     "random_item": "random items",
     "copy_last": "copying the last items",
     "copy_favourites": "copying the favourites",
     "nearest_item": "the nearest real items",
     "popularity": "popularity",
+    "popularity_eq": "popularity at equal novelty",
+    "copy_favourites_eq": "copying the favourites at equal novelty",
     "oracle": "the oracle",
 }
+NAMES: dict[str, str] = {
+    "codec_psnr_db": "Codec likeness, dB",
+    "codec_codes_used_share": "Codes in use, share",
+    "codec_retrieval_top1": "Codec, own tile found",
+    "nll_wrong_minus_true": "Wrong − true person, nats",
+    "nll_unconditional_minus_true": "Nobody − true person, nats",
+    "judge_gauc": "Judge, GAUC",
+    "judge_gauc_wrong_user": "Judge, GAUC of a wrong person",
+    "judge_gauc_difference": "Judge, GAUC true − wrong person",
+    "diversity_ratio": "GRPO ÷ SFT, diversity",
+    "grpo_validity": "GRPO, valid",
+    "grpo_mush": "GRPO, mush",
+    "grpo_copied": "GRPO, copied",
+    "between_user": "Between people",
+    "within_user": "within one person",
+    "psnr_db": "PSNR, dB",
+    "psnr_db_lowest": "PSNR of the worst tile, dB",
+    "codes_used_share": "Codes in use, share",
+    "retrieval_top1": "Own tile found, by the encoder",
+    "retrieval_top1_pixels": "Own tile found, by pixels",
+    "true": "True person",
+    "wrong": "Wrong person",
+    "unconditional": "Nobody",
+    "wrong_minus_true": "Wrong − true person",
+    "unconditional_minus_true": "Nobody − true person",
+    "popularity_minus_true": "Popularity − true person",
+}
+
+
+def words(name: str) -> str:
+    """A name of code as words: ``valid_nats`` → ``valid nats``."""
+    return name.replace("_", " ").strip()
+
+
+def row(name: str) -> tuple[str, str, str]:
+    """(words, meaning, group) of a row; a row nobody described is a control."""
+    return ROWS.get(name, (NAMES.get(name, words(name)), "A further row of this run.", "controls"))
+
+
+def metric(name: str) -> tuple[str, str, int]:
+    """(words, meaning, direction) of a metric; one nobody described has no direction."""
+    return METRICS.get(name, (words(name), "A further figure of this run.", 0))
+
+
+def pair(name: str) -> tuple[str, str, str] | None:
+    """``grpo-sft:basket_precision`` → (left row, right row, metric); None for any other name."""
+    match = re.fullmatch(r"(\w+)-(\w+):(.+)", name)
+    return None if match is None else (match[1], match[2], match[3])
+
+
+def title(name: str) -> str:
+    """Words for a name of ``acceptance``, ``judge``, ``nll`` or ``codec``: a difference, or the name itself."""
+    if (parts := pair(name)) is not None:
+        return f"{row(parts[0])[0]} − {row(parts[1])[0]}, {metric(parts[2])[0].lower()}"
+    if name in NAMES:
+        return NAMES[name]
+    text = re.sub(r"\b(nll|rl|sft|grpo|psnr|gauc|auc)\b", lambda match: match[0].upper(), words(name))
+    return text[:1].upper() + text[1:]
+
+
+def triple(value: Any) -> Triple | None:
+    """A list of three, or a lone number thrice; None for anything else or a figure that is not finite."""
+    parts = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value, value, value]
+    numbers = [float(p) for p in parts if isinstance(p, int | float) and not isinstance(p, bool) and math.isfinite(p)]
+    return (numbers[0], numbers[1], numbers[2]) if len(parts) == len(numbers) == 3 else None
+
+
+def figures(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Nested mappings as one, names joined by a colon; ``x``, ``x_low``, ``x_high`` become ``[x, low, high]``."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= figures(value, f"{before}{name}:")
+        elif not (name.endswith(("_low", "_high")) and name.rpartition("_")[0] in values):
+            ends = [values.get(f"{name}_low"), values.get(f"{name}_high")]
+            flat[before + name] = value if None in ends else [value, *ends]
+    return flat
+
+
+def verdict(value: Triple) -> str:
+    """``yes`` above zero, ``no`` below, ``open`` where the interval holds zero."""
+    return "yes" if value[1] > 0 else "no" if value[2] < 0 else "open"
+
+
+def number(value: float | int | None, digits: int | None = None, *, signed: bool = False) -> str:
+    """A figure as people write it: ``.107``, ``12.4``, ``−.02``; an en dash for what is missing or not finite.
+
+    Args:
+        digits: after the point; three significant ones when None.
+    """
+    if value is None or not math.isfinite(value):
+        return "–"
+    size = abs(value)
+    if digits is None:
+        whole = float(value).is_integer() and size >= 1
+        digits = 0 if whole or size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3
+    text = f"{size:,.{digits}f}"
+    empty = not text.strip("0.,")
+    if empty:
+        text = "0"
+    elif text.startswith("0."):
+        text = text[1:]
+    sign = "" if empty else "−" if value < 0 else "+" if signed else ""
+    return sign + text
+
+
+def interval(value: Triple | None, digits: int | None = None) -> str:
+    """``[low, high]``, or nothing where there is no interval to show."""
+    if value is None or value[1] == value[2]:
+        return ""
+    return f"[{number(value[1], digits)}, {number(value[2], digits)}]"
+
+
+def span(value: Triple, *, signed: bool = True) -> str:
+    """A mean and its interval."""
+    return f"{number(value[0], signed=signed)} {interval(value)}".strip()
+
+
+def plain(value: Any) -> str:
+    """Any small value of a record, for reading."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{words(str(name))} {plain(part)}" for name, part in value.items() if part is not None)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return number(value) if isinstance(value, int | float) else "–" if value is None else str(value)

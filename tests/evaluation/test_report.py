@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 from couturier.components.data.formats import Catalogue
-from couturier.components.evaluation.charts import GridSize, charts, number
+from couturier.components.evaluation.charts import GridSize, charts
 from couturier.components.evaluation.report import headline, write_report
 from couturier.components.evaluation.samples import Sample, Samples, Tile
-from couturier.components.evaluation.wording import METRICS, ROWS
+from couturier.components.evaluation.wording import METRICS, ROWS, number
 
 HOSTILE = '<script>alert("x")</script> & \'"><img src=x onerror=alert(1)>'
 EDGE, PICTURES = 8, 10
@@ -78,7 +78,7 @@ def samples(catalogue: Catalogue) -> Samples:
 @pytest.fixture(scope="module")
 def table() -> dict[str, Any]:
     rows = {row: {metric: [0.1 + 0.01 * at, 0.05, 0.2] for metric in METRICS} for at, row in enumerate(ROWS)}
-    rows["popularity"]["judge"] = [float("nan")] * 3
+    rows["copy_favourites_eq"]["judge"] = [float("nan")] * 3
     return {
         "table": rows,
         "differences": {
@@ -87,16 +87,18 @@ def table() -> dict[str, Any]:
             "grpo-sft_guided:basket_precision": [0.001, -0.01, 0.01],
             "grpo-sft:judge": [0.93, 0.87, 1.01],
         },
-        "judge": {"gauc": [0.631, 0.608, 0.652], "gauc_wrong_user": [0.495, 0.47, 0.52]},
-        "nll": {"true": 6.3, "wrong": 6.7, "gap": [0.365, 0.28, 0.45]},
+        "judge": {"gauc": 0.631, "gauc_low": 0.608, "gauc_high": 0.652, "gauc_wrong_user": [0.495, 0.47, 0.52]},
+        "nll": {"true": 6.3, "wrong": 6.7, "wrong_minus_true": [0.365, 0.28, 0.45]},
         "codec": {"psnr_db": 28.45, "codes_used": 1.0},
         "acceptance": {
             "judge_gauc": {"value": 0.631, "low": 0.608, "high": 0.652, "wanted": ">= 0.60", "passed": True},
-            "copied": {"value": 0.53, "low": 0.51, "high": 0.55, "wanted": "<= 0.5", "passed": False},
+            "copied": {"value": 0.53, "low": 0.51, "high": 0.55, "wanted": "at most 0.5", "passed": False},
+            "grpo-popularity_eq:basket_precision": {"value": -0.1, "wanted": "", "passed": False, "goal": True},
         },
         "seed": 7,
         "made_at": "2026-11-22 03:20 UTC",
-        "machine": HOSTILE,
+        "machine": {"cores": 2, "system": HOSTILE, "gpu": None},
+        "users": {"grpo": 1234},
         "commit": "abc1234",
     }
 
@@ -160,6 +162,7 @@ def test_every_row_and_metric_is_there(page: Page) -> None:
     for words, meaning, _ in METRICS.values():
         assert words in page.words
         assert any(button.get("title", "").startswith(meaning) for button in page.all("button"))
+    assert any(span.get("title", "").endswith("Measured on 1,234 people.") for span in page.all("span"))
     assert sum("data-v" in cell for cell in page.all("td")) == len(ROWS) * len(METRICS) - 1  # one is no number
 
 
@@ -171,7 +174,7 @@ def test_the_best_is_marked_by_its_direction_and_the_oracle_does_not_compete(tex
     names = list(METRICS)
     rising = [n for n, name in enumerate(names) if METRICS[name][2] == 1 and name != "judge"]
     falling = [n for n, name in enumerate(names) if METRICS[name][2] == -1]
-    assert best["oracle"] == [] and best["grpo"] == falling and best["popularity"] == rising
+    assert best["oracle"] == [] and best["grpo"] == falling and best["copy_favourites_eq"] == rising
 
 
 def test_hostile_words_stay_words(text: str, page: Page) -> None:
@@ -184,12 +187,16 @@ def test_hostile_words_stay_words(text: str, page: Page) -> None:
 
 def test_promises_kept_and_missed_are_both_shown(page: Page) -> None:
     assert len(page.classed("pass")) == 1 and len(page.classed("miss")) == 1
-    assert "1 of 2 promises are kept" in page.words and "wanted: ≤ 0.5" in page.words
+    assert (
+        "1 of 2 promises are kept" in page.words
+        and "wanted: at most 0.5" in page.words
+        and "0 of 1 open goals is reached" in page.words
+    )
 
 
 def test_a_claim_is_made_only_where_the_interval_allows_it(table: dict[str, Any]) -> None:
     said = {sentence: verdict for verdict, sentence in headline(table)}
-    assert said["The right person's history beats a wrong person's by +.061 [.050, .070]."] == "yes"
+    assert said["The right person's history beats a wrong person's history by +.061 [.050, .070]."] == "yes"
     assert said["GRPO loses to popularity: −.050 [−.060, −.040]."] == "no"
     assert said["GRPO and guided SFT are not told apart: +.001 [−.010, .010]."] == "open"
     chance = headline({"judge": {"gauc": [0.52, 0.49, 0.55]}})
@@ -199,12 +206,12 @@ def test_a_claim_is_made_only_where_the_interval_allows_it(table: dict[str, Any]
 
 
 def test_a_person_is_a_line_with_marks_on_drawn_tiles_only(page: Page) -> None:
-    assert len(page.classed("person")) == 8
-    assert len(page.classed("batch")) == 8 * 5  # liked, two models, next; a further row to compare with
-    drawn = 8 * 3
+    assert len(page.classed("person")) == 10
+    assert len(page.classed("batch")) == 10 * 5  # liked, two models, next; a further row to compare with
+    drawn = 10 * 3
     tiles = page.classed("tile")
     assert sum("copied" in tile["class"] for tile in tiles) == sum("hit" in tile["class"] for tile in tiles) == drawn
-    assert len(tiles) == drawn * PICTURES + 8 * (3 + 2)  # the padding of a history is left out
+    assert len(tiles) == drawn * PICTURES + 10 * (3 + 2)  # the padding of a history is left out
 
 
 def test_tiles_are_the_pictures_bit_for_bit(page: Page, catalogue: Catalogue) -> None:
