@@ -241,7 +241,7 @@ def test_a_bare_table_is_enough(tmp_path: Path, catalogue: Catalogue) -> None:
     assert "a new row" in page.words and "made up" in page.words and "promises" not in page.words
 
 
-def test_grids_are_pictures_of_the_size_they_say(written: Path, samples: Samples) -> None:
+def test_grids_are_pictures_of_the_size_they_say(written: Path, samples: Samples, catalogue: Catalogue) -> None:
     size = GridSize()
     found = {path.name: Image.open(path) for path in (written / "grids").iterdir()}
     assert set(found) == {"personal.png", "sft.png", "grpo.png", "wrong_user.png"}
@@ -250,7 +250,7 @@ def test_grids_are_pictures_of_the_size_they_say(written: Path, samples: Samples
     grid = np.asarray(found["personal.png"])
     corner = grid[size.head : size.head + size.tile, size.label : size.label + size.tile]
     factor = size.tile // EDGE
-    assert np.array_equal(corner[::factor, ::factor], Image.fromarray(samples[0].rows["sft"][3].rgb))
+    assert np.array_equal(corner[::factor, ::factor], catalogue.rgb_IHWC[samples[0].history[0]])
 
 
 @pytest.mark.parametrize(
