@@ -150,9 +150,14 @@ class _Machine:
 
     def persistent(self) -> None:
         kind, name, key, _place, count, view = self.stack.pop()
+        dtype: np.dtype[Any] = _DTYPES[name.text]
         if kind != "storage" or view is not None:
             raise ValueError(f"a persistent id of kind {kind!r}")
-        self.stack.append(_Storage(str(key), _DTYPES[name.text], int(count)))
+        self.stack.append(_Storage(str(key), dtype, int(count)))
+
+    def append_one(self) -> None:
+        value = self.stack.pop()
+        self.stack[-1].append(value)
 
     def append_all(self) -> None:
         taken = self.since_mark()
@@ -187,6 +192,7 @@ _STEPS: dict[str, Callable[[_Machine, Any], Any]] = {
     "TUPLE1": lambda m, a: m.tuple_of(1),
     "TUPLE2": lambda m, a: m.tuple_of(2),
     "TUPLE3": lambda m, a: m.tuple_of(3),
+    "APPEND": lambda m, a: m.append_one(),
     "APPENDS": lambda m, a: m.append_all(),
     "SETITEM": lambda m, a: m.set_item(),
     "SETITEMS": lambda m, a: m.set_items(),
