@@ -37,7 +37,7 @@ class Watch:
         self.favourites_WK = valid.favourites_WK[self.rows]
         self.seeds = [derived_seed(0, "watch", str(row)) for row in self.rows]
         self.finder = ItemFinder(load_encoder(), catalogue, size=codec.picture_size)
-        self.basket_WI = membership([valid.basket_of(row) for row in self.rows], len(catalogue))
+        self.basket_WI = membership([valid.basket_of(row) for row in self.rows.tolist()], len(catalogue))
         self.history_WI = membership(list(self.favourites_WK), len(catalogue))
 
     @torch.no_grad()

@@ -49,7 +49,7 @@ class Encoder(nn.Module):
         # What the photographs were normalised with when the network was trained.
         self.register_buffer("mean_311", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
         self.register_buffer("std_311", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stub does not
         self.eval().requires_grad_(False)
 
     @torch.no_grad()

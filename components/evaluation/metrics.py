@@ -89,8 +89,8 @@ class Ruler:
         nearest_Vn = self.finder.nearest_R[rows_Vn]
         similar_VnI = f_VnD @ self.finder.tiles_ID.T
         psnr_Vn = self.finder.psnr_R[rows_Vn]
-        hit_Vn = truth.basket_VI.gather(1, nearest_Vn).float()
-        new_Vn = 1 - truth.history_VI.gather(1, nearest_Vn).float()
+        hit_Vn = truth.basket_VI.gather(1, nearest_Vn).double()
+        new_Vn = 1 - truth.history_VI.gather(1, nearest_Vn).double()
         found = {
             "basket_precision": hit_Vn.mean(1),
             "basket_precision_new": (hit_Vn * new_Vn).sum(1) / new_Vn.sum(1).clamp_min(1),
@@ -102,8 +102,8 @@ class Ruler:
             "distinct": _distinct(nearest_Vn),
             "novelty": new_Vn.mean(1),
             "copied": 1 - new_Vn.mean(1),
-            "validity": (psnr_Vn >= VALID_DB).float().mean(1),
-            "mush": (psnr_Vn < MUSH_DB).float().mean(1),
+            "validity": (psnr_Vn >= VALID_DB).double().mean(1),
+            "mush": (psnr_Vn < MUSH_DB).double().mean(1),
         }
         for name, read_N in self.reader.read(f_VnD.flatten(0, 1)).items():
             found[name] = self._agrees(name, read_N.view(nearest_Vn.shape), truth.basket_VI)
@@ -115,7 +115,7 @@ class Ruler:
         width = max(1, int(classes_I.max()) + 1, int(read_Vn.max()) + 1)
         wanted_VC = torch.zeros(len(read_Vn), width)
         wanted_VC.index_add_(1, classes_I[known], basket_VI[:, known].float())
-        return (wanted_VC.gather(1, read_Vn) > 0).float().mean(1)
+        return (wanted_VC.gather(1, read_Vn) > 0).double().mean(1)
 
     def whole_row(self, rows_Vn: Tensor, real_items: np.ndarray) -> dict[str, float]:
         """Figures of all pictures together: ``coverage`` (share of the catalogue shown) and ``frechet`` (distance to
