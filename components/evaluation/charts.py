@@ -264,7 +264,7 @@ def write_grid(
         rows: (row of the table, words above its group). A person who lacks a row gets an empty place.
     """
     size = size or GridSize()
-    titles = ["What they liked", *(label for _, label in rows), "What came next"]
+    titles = ["What they liked most", *(label for _, label in rows), "What came next"]
     across = 2 * len(titles) * (size.group_width + size.between) // size.leading * 10 // 9
     said = "Outlined: also in the history. Dot: in the next basket. What people took is real, the pictures are drawn."
     foot = [said, *textwrap.wrap(catalogue.attribution, across)]

@@ -125,7 +125,7 @@ def headline(table: Mapping[str, Any]) -> list[tuple[str, str]]:
         found = wording.verdict(gap)
         proven = {"yes": "matters", "no": "misleads", "open": "is not proven to matter"}[found]
         said.append((found, f"The history {proven}: a wrong person's costs {span(gap)} nats a picture over one's own."))
-    for name, value in table.get("differences", {}).items():
+    for name, value in _told(table.get("differences", {})):
         parts, difference = wording.pair(name), triple(value)
         if parts is not None and difference is not None and parts[2] == "basket_precision":
             found = wording.verdict(difference)
@@ -135,6 +135,20 @@ def headline(table: Mapping[str, Any]) -> list[tuple[str, str]]:
         than = {"yes": "better than chance", "no": "worse than chance", "open": "not proven better than chance"}[found]
         said.append((found, f"The judge ranks what a person takes next at GAUC {span(gauc, signed=False)}, {than}."))
     return said
+
+
+def _told(differences: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """In the order of the story: by metric, what GRPO does first, against its nearest rivals first."""
+    rivals, metrics = ("wrong_user", "sft", "unconditional", *ROWS), list(METRICS)
+
+    def place(item: tuple[str, Any]) -> tuple[int, bool, int]:
+        parts = wording.pair(item[0])
+        if parts is None:
+            return len(metrics), True, 0
+        metric = metrics.index(parts[2]) if parts[2] in metrics else len(metrics)
+        return metric, parts[0] != "grpo", rivals.index(parts[1]) if parts[1] in rivals else len(rivals)
+
+    return sorted(differences.items(), key=place)
 
 
 def _outcome(left: str, right: str, verdict: str) -> str:
@@ -203,7 +217,7 @@ def _cell(value: Any, digits: int, best: float | None) -> Cell:
 def _differences(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Paired differences, a block a metric, each drawn as an interval on one axis around zero."""
     blocks: dict[str, list[tuple[str, Triple]]] = {}
-    for name, value in found.items():
+    for name, value in _told(found):
         known, parts = triple(value), wording.pair(name)
         if known is not None:
             text = f"{wording.row(parts[0])[0]} − {wording.row(parts[1])[0]}" if parts else wording.title(name)
@@ -291,7 +305,7 @@ def _person(sample: Sample, rows: Sequence[str], titles: list[str], catalogue: C
     told = _teaser(list(drawn))
     more = f", {TILES} of {len(sample.next_items)}" if len(sample.next_items) > TILES else ""
     story = [
-        {"words": "What they liked", "kind": "real", "tiles": had},
+        {"words": "What they liked most", "kind": "real", "tiles": had},
         *(drawn[row] for row in told),
         {"words": f"What came next{more}", "kind": "real", "tiles": took},
     ]

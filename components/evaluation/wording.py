@@ -211,9 +211,10 @@ def number(value: float | int | None, digits: int | None = None, *, signed: bool
 
 def interval(value: Triple | None, digits: int | None = None) -> str:
     """``[low, high]``, or nothing where there is no interval to show."""
-    if value is None or value[1] == value[2]:
+    if value is None:
         return ""
-    return f"[{number(value[1], digits)}, {number(value[2], digits)}]"
+    low, high = (number(end, digits) for end in value[1:])
+    return "" if low == high else f"[{low}, {high}]"
 
 
 def span(value: Triple, *, signed: bool = True) -> str:

@@ -199,6 +199,8 @@ def test_a_claim_is_made_only_where_the_interval_allows_it(table: dict[str, Any]
     assert said["The right person's history beats a wrong person's history by +.061 [.050, .070]."] == "yes"
     assert said["GRPO loses to popularity: −.050 [−.060, −.040]."] == "no"
     assert said["GRPO and guided SFT are not told apart: +.001 [−.010, .010]."] == "open"
+    rows = [row for sentence in said for row in ("wrong person's", "guided SFT", "popularity") if row in sentence]
+    assert rows == ["wrong person's", "wrong person's", "guided SFT", "popularity"]  # the nearest rivals first
     chance = headline({"judge": {"gauc": [0.52, 0.49, 0.55]}})
     assert chance == [
         ("open", "The judge ranks what a person takes next at GAUC .520 [.490, .550], not proven better than chance.")
