@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from couturier.components.errors import CouturierError
-from couturier.components.evaluation.torch_archive import UnsafeArchiveError, read_state_dict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+
+from couturier.components.errors import CouturierError
+from couturier.components.evaluation.torch_archive import UnsafeArchiveError, read_state_dict
 
 
 def _legacy(path: Path, value: object) -> Path:
@@ -60,7 +61,8 @@ def test_a_file_that_names_a_function_is_refused_and_nothing_is_run(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "value", [{"weight": 3}, {"weight": torch.ones(2), "epoch": 7}, [torch.ones(2)], "words", {"half": torch.ones(2).half()}]
+    "value",
+    [{"weight": 3}, {"weight": torch.ones(2), "epoch": 7}, [torch.ones(2)], "words", {"half": torch.ones(2).half()}],
 )
 def test_anything_but_plain_tensors_is_refused(tmp_path: Path, value: object) -> None:
     with pytest.raises(UnsafeArchiveError):
@@ -99,7 +101,9 @@ def test_a_damaged_file_is_an_error_in_words_or_harmless(small_archive: Path, da
     end = data.draw(st.integers(0, len(raw)))
     if data.draw(st.booleans()):
         del raw[end:]
-    for place, value in data.draw(st.dictionaries(st.integers(0, max(0, len(raw) - 1)), st.integers(0, 255), max_size=3)).items():
+    for place, value in data.draw(
+        st.dictionaries(st.integers(0, max(0, len(raw) - 1)), st.integers(0, 255), max_size=3)
+    ).items():
         if place < len(raw):
             raw[place] = value
     path = small_archive.with_name("damaged.pth")
