@@ -153,14 +153,14 @@ class AttentionJudge(nn.Module):
 
     def encode_padded(self, features_UTD: Tensor, age_UT: Tensor, weight_UT: Tensor, real_UT: Tensor) -> AttentionState:
         """As ``encode``, of histories already padded; rows where ``real_UT`` is False count for nothing."""
-        h, b = self.config.heads, len(_SHARPNESS)
+        h, e, b = self.config.heads, self.config.head_width, len(_SHARPNESS)
         u, t, _ = features_UTD.shape
         real = real_UT[..., None]
         timed_UTX = self.times(_times(age_UT, weight_UT))
-        first = self.nothing.view(2, 1, 1, h, -1).expand(2, u, 1, h, self.config.head_width)
+        first = self.nothing.view(2, 1, 1, h, e).expand(2, u, 1, h, e)
         return AttentionState(
-            keys_UTHE=torch.cat([first[0], self.key(features_UTD).view(u, t, h, -1)], dim=1),
-            values_UTHE=torch.cat([first[1], self.value(features_UTD).view(u, t, h, -1)], dim=1),
+            keys_UTHE=torch.cat([first[0], self.key(features_UTD).view(u, t, h, e)], dim=1),
+            values_UTHE=torch.cat([first[1], self.value(features_UTD).view(u, t, h, e)], dim=1),
             bias_UTH=F.pad(timed_UTX[..., :h].masked_fill(~real, -torch.inf), (0, 0, 1, 0)),
             look_UTP=self._look(features_UTD),
             gates_UTB=F.softplus(timed_UTX[..., h : h + b]) * real,
