@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+
 from couturier.components.data.formats import Catalogue, Windows
 from couturier.components.evaluation import evaluate
 from couturier.components.files import write_json

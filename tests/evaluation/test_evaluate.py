@@ -1,4 +1,4 @@
-"""The whole stage on a very small demo: every row and figure, the same after a kill, and what it writes is of one mind."""
+"""The whole stage on a very small demo: every row and figure, the same after a kill, and all files of one mind."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import math
 import numpy as np
 import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
+
 from couturier.components.data.formats import Windows
 from couturier.components.evaluation import evaluate
 from couturier.components.evaluation.samples import Samples
 from couturier.components.files import read_json
 from couturier.components.lineage import gate
 from couturier.components.lineage.stages import Silent, StageContext
-from polars.testing import assert_frame_equal
 
 from .conftest import ITEMS, QUICK, Made
 
