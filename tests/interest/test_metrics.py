@@ -108,7 +108,7 @@ def test_negatives_are_never_in_the_basket_and_popularity_earns_nothing(world: W
     as_negative = np.bincount(drawn_WN.ravel(), minlength=ITEMS) / drawn_WN.size
     taken_share = np.zeros(ITEMS)
     for row in rows:
-        basket = train.basket_of(row)
+        basket = train.basket_of(int(row))
         np.add.at(taken_share, basket, 1 / len(basket) / len(rows))
     np.testing.assert_allclose(as_negative, taken_share, rtol=0.1, atol=0.001)
 
