@@ -11,15 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from couturier.components.errors import CouturierError
 from couturier.components.files import read_json, write_json
 from couturier.components.lineage.workspace import Workspace
 
+SAID = {"retrain": "a retraining is under way", "up": "`couturier up` runs already"}
+
 
 @contextmanager
-def only_one(workspace: Workspace, what: str = "retraining") -> Iterator[int | None]:
+def only_one(workspace: Workspace, what: Literal["retrain", "up"] = "retrain") -> Iterator[int | None]:
     """Hold the workspace for one kind of work. Yields the process id of a holder that was killed, or None.
 
     The same process may enter twice.
@@ -38,7 +40,7 @@ def only_one(workspace: Workspace, what: str = "retraining") -> Iterator[int | N
         seen = _read(holder)
         said = f"process {seen['pid']}, since {seen['since']}" if seen else "another process"
         raise CouturierError(
-            f"a {what} is under way in {workspace.root} ({said}). Wait for it, stop it with Ctrl-C, or name another "
+            f"{SAID[what]} in {workspace.root} ({said}). Wait for it, stop it with Ctrl-C, or name another "
             "folder in COUTURIER_WORKSPACE."
         ) from None
     first = lock.lock_counter == 1

@@ -50,11 +50,16 @@ class Child:
             words = self.log.read_text(errors="replace").strip().splitlines()[-3:] if self.log.exists() else []
             raise CouturierError(f"{self.name} ended by itself. Its log, {self.log}, ends with: {' | '.join(words)}")
 
+    def ask_to_stop(self) -> None:
+        """Close the pipe that the warden watches, and go on: several children end at the same time."""
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+
     def stop(self, patience_s: float = 15.0) -> None:
+        """Return when the child and all its descendants are gone."""
         if self._process is None:
             return
-        if self._process.stdin is not None:
-            self._process.stdin.close()
+        self.ask_to_stop()
         try:
             self._process.wait(timeout=patience_s)
         except subprocess.TimeoutExpired:

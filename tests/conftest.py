@@ -95,12 +95,17 @@ def project(tmp_path: Path) -> Project:
     return Project(folder=tmp_path)
 
 
+# The smoke recipe on a tenth of the data.
+SMOKE = ("retrain", "--recipe", "smoke", "--set", "ingest.max_users=240", "--json")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SmokeRun:
     """A project in which ``couturier retrain --recipe smoke`` has run once, and what it said."""
 
     project: Project
     answer: Answer
+    words: tuple[str, ...] = SMOKE
 
     @property
     def record(self) -> dict[str, Any]:
@@ -112,4 +117,4 @@ class SmokeRun:
 def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> SmokeRun:
     """One real run of the whole chain through the command line, shared by every end-to-end test."""
     project = Project(folder=tmp_path_factory.mktemp("smoke"))
-    return SmokeRun(project=project, answer=project.run("retrain", "--recipe", "smoke", "--json", timeout_s=600))
+    return SmokeRun(project=project, answer=project.run(*SMOKE, timeout_s=600))

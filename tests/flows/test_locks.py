@@ -57,8 +57,8 @@ def test_the_same_process_may_enter_twice(workspace: Workspace) -> None:
 
 
 def test_two_kinds_of_work_do_not_disturb_each_other(workspace: Workspace) -> None:
-    with only_one(workspace), only_one(workspace, "couturier-up"):
+    with only_one(workspace), only_one(workspace, "up"):
         assert {path.name for path in workspace.root.glob("*.holder.json")} == {
-            "retraining.holder.json",
-            "couturier-up.holder.json",
+            "retrain.holder.json",
+            "up.holder.json",
         }
