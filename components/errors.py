@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class CouturierError(Exception):
-    """Something the person at the keyboard can mend. The command line prints it as one sentence, without a traceback."""
+    """Something the person at the keyboard can mend. The command line prints it as one sentence, no traceback."""
 
 
 class ConfigError(CouturierError):
@@ -24,7 +24,8 @@ class MissingExtraError(CouturierError):
 
     def __init__(self, package: str, *, extra: str, needed_for: str) -> None:
         super().__init__(
-            f"{needed_for} needs the package {package!r}, which is not installed. Install it with: pip install -e '.[{extra}]'"
+            f"{needed_for} needs the package {package!r}, which is not installed. "
+            f"Install it with: pip install -e '.[{extra}]'"
         )
 
 

@@ -6,7 +6,8 @@
 
 Everything waits for everything: one update a batch of samples, so the ratio is 1 and nothing is clipped
 (generation.md 1.6). Rollouts use no guidance: samples and gradients then belong to the same distribution.
-On validation users an encoder that no reward has seen watches, and stops the run when pictures drift from what came next.
+On validation users an encoder that no reward has seen watches, and stops the run when pictures drift away from what
+came next.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from couturier.components.alignment.batches import WindowSampler
-from couturier.components.alignment.rewards import PictureBook, Rollout, Weights, advantages, membership, prospects, score
+from couturier.components.alignment.rewards import (
+    PictureBook,
+    Rollout,
+    Weights,
+    advantages,
+    membership,
+    prospects,
+    score,
+)
 from couturier.components.alignment.watch import Watch
 from couturier.components.data.formats import Catalogue, Windows
 from couturier.components.errors import TrainingError
@@ -53,9 +62,9 @@ class Config:
     group: int = 8
     """Pictures a window."""
     temperature: float = 1.0
-    lr: float = 2e-4
+    lr: float = 1.5e-4
     warm_up_steps: int = 10
-    kl: float = 0.03
+    kl: float = 0.04
     """Weight of the per-code KL estimate to the SFT model (k3 of Schulman)."""
     clip: float = 1.0
     advantage_by_std: bool = True

@@ -37,13 +37,13 @@ class Weights:
     """The judge's standardised logit, in SD."""
     future: float = 0.25
     """Whether the picture is an item of the baskets after the next."""
-    copying: float = 1.0
+    copying: float = 2.0
     """Penalty on pictures out of the history, for the share of the group beyond ``copy_allowed``."""
     validity: float = 1.0
     """Penalty for pixels far from every real tile: mush that an encoder's cosine does not see."""
-    dissimilarity: float = 0.3
+    dissimilarity: float = 0.9
     """Mean feature distance to the other pictures of the group."""
-    copy_allowed: float = 0.4
+    copy_allowed: float = 0.3
     """Share of a group that may come from the history at no cost."""
     valid_db: float = 26.0
     """PSNR to the nearest real tile from which on a picture is flawless."""
@@ -57,8 +57,9 @@ class Weights:
 class Rollout:
     """A batch of groups and what is known about each picture.
 
-    nearest_Un: catalogue index of the nearest tile; psnr_Un: decibels to it; features_UnD: the judge's features;
-    liking_Un: the judge's standardised logit; prospect_UI: probability that an item is in the next basket; basket_UI, future_UI, history_UI: bool membership of items.
+    nearest_Un: catalogue index of the nearest tile;  psnr_Un: decibels to it;  features_UnD: the judge's features.
+    liking_Un: the judge's standardised logit;  prospect_UI: probability that an item is in the next basket.
+    basket_UI, future_UI, history_UI: bool membership of items.
     """
 
     nearest_Un: Tensor

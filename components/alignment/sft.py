@@ -1,8 +1,9 @@
 """Stage ``sft``: supervised fine-tuning of the any-to-any model on what people took next.
 
-First it is grounded (a fresh tiny model learns what each picture and each phrase looks like in codes, from made-up
-histories: "draw this one", "copy one of these or draw what sells"; no person involved), then fine-tuned: history in, codes of the next basket's
-items out, loss on picture codes only (generation.md 1.4). A share of prompts loses its condition, for guidance.
+First it is grounded: a fresh tiny model learns what each picture and each phrase looks like in codes, from made-up
+histories ("draw this one", "copy one of these or draw what sells"), no person involved. Then it is fine-tuned: history
+in, codes of the next basket's items out, loss on picture codes only (generation.md 1.4). A share of prompts loses its
+condition, for guidance.
 """
 
 from __future__ import annotations
@@ -126,9 +127,7 @@ class _Trainer:
         while self.step < total:
             grounding = self.step < config.grounding_steps
             at, of = (
-                (self.step, config.grounding_steps)
-                if grounding
-                else (self.step - config.grounding_steps, config.steps)
+                (self.step, config.grounding_steps) if grounding else (self.step - config.grounding_steps, config.steps)
             )
             # Grounding keeps its rate: the cosine belongs to what people did.
             rate = self._grounding_rate() if grounding else config.lr * one_cycle(at, of)
@@ -176,13 +175,15 @@ class _Trainer:
         copied = (torch.rand(count, each, generator=random) < copies) & keep[:, None]
         prompts = self.generator.prompts.build(shown)
         prompts = prompts.where(keep, prompts.unconditional(self.generator.prompts.pad_id))
-        return -self.generator.log_prob(prompts, self.codes_IL[torch.where(copied, shown.gather(1, picks), sells)]).mean()
+        return -self.generator.log_prob(
+            prompts, self.codes_IL[torch.where(copied, shown.gather(1, picks), sells)]
+        ).mean()
 
     def _update(self, loss: Tensor) -> float:
         if not bool(torch.isfinite(loss)):
             raise TrainingError(
-                f"sft: the loss is {float(loss.detach())} at step {self.step}. The last checkpoint is kept; lower sft.lr "
-                f"(now {self.config.lr}) and run again."
+                f"sft: the loss is {float(loss.detach())} at step {self.step}. The last checkpoint is kept; "
+                f"lower sft.lr (now {self.config.lr}) and run again."
             )
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()

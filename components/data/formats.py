@@ -5,8 +5,8 @@ Raw form, in ``data/`` (what an adapter writes) and again in the ``validate`` ar
 * ``events.parquet``: ``user_id`` str, ``item_id`` str, ``timestamp`` datetime[us, UTC], ``kind`` str, ``value`` f64,
   ``quantity`` f64 (optional), ``group_id`` str (optional: events that happened together, such as a basket).
 * ``items.parquet``: ``item_id`` str, ``title`` str, ``text`` str, and any further string columns as attributes.
-* ``pictures.parquet``: ``item_id`` str, ``height`` i32, ``width`` i32, ``rgb`` binary (row-major HWC bytes; null when the
-  picture could not be decoded), ``error`` str (null when it could).
+* ``pictures.parquet``: ``item_id`` str, ``height`` i32, ``width`` i32, ``rgb`` binary (row-major HWC bytes; null when
+  the picture could not be decoded), ``error`` str (null when it could).
 * ``users.parquet``: ``user_id`` str and any string columns (demographics; may have none).
 * ``meta.json``: ``adapter``, ``settings``, ``attributes`` (list of item columns), ``rows`` per table, ``attribution``.
 """
@@ -23,7 +23,13 @@ from safetensors.numpy import load_file, save_file
 from couturier.components.errors import DataError
 from couturier.components.files import read_json, write_json
 
-EVENTS, ITEMS, PICTURES, USERS, META = "events.parquet", "items.parquet", "pictures.parquet", "users.parquet", "meta.json"
+EVENTS, ITEMS, PICTURES, USERS, META = (
+    "events.parquet",
+    "items.parquet",
+    "pictures.parquet",
+    "users.parquet",
+    "meta.json",
+)
 EVENT_COLUMNS = {
     "user_id": pl.String,
     "item_id": pl.String,
@@ -58,9 +64,7 @@ class Catalogue:
         folder.mkdir(parents=True, exist_ok=True)
         self.items.write_parquet(folder / "catalogue.parquet")
         save_file({"rgb_IHWC": np.ascontiguousarray(self.rgb_IHWC)}, folder / "pictures.safetensors")
-        write_json(
-            folder / "catalogue.json", {"attributes": list(self.attributes), "attribution": self.attribution}
-        )
+        write_json(folder / "catalogue.json", {"attributes": list(self.attributes), "attribution": self.attribution})
 
     @classmethod
     def load(cls, folder: Path) -> Catalogue:
@@ -113,7 +117,9 @@ class Windows:
 
     @classmethod
     def load(cls, folder: Path, split: str) -> Windows:
-        """The windows of one split from a ``sequences`` artifact; ``latest`` has one window a user and empty baskets."""
+        """The windows of one split of a ``sequences`` artifact; ``latest`` has one window a user and no baskets."""
         if split not in SPLITS:
             raise DataError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}.")
-        return cls(users=read_json(folder / f"users-{split}.json"), **load_file(folder / f"windows-{split}.safetensors"))
+        return cls(
+            users=read_json(folder / f"users-{split}.json"), **load_file(folder / f"windows-{split}.safetensors")
+        )

@@ -4,8 +4,8 @@ The split is by user *and* by time (generation.md section 23): training windows 
 target lies before the cut; validation and test windows belong to other users and lie after it. The catalogue (which
 items a model may draw) and every popularity are counted on training events alone.
 
-The history of a window is the person's favourites: items of earlier groups by recency-decayed count. The target is
-the next group (a basket); its inner order is arbitrary in the log, so it is shuffled by seed: file order would leak ids.
+The history of a window is the person's favourites: items of earlier groups by recency-decayed count. The target is the
+next group (a basket); its inner order is arbitrary in the log, so it is shuffled by seed: file order would leak ids.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def run(ctx: StageContext) -> None:
     for split, windows in cutter.finish().items():
         if split != "latest" and len(windows) == 0:
             raise DataError(
-                f"split {split!r} has no windows: {len(split_of)} users, each needs {config.min_history} distinct earlier "
-                "items. Bring more data, or lower sequences.min_history, min_item_events or min_item_users."
+                f"split {split!r} has no windows: {len(split_of)} users, each needs {config.min_history} distinct "
+                "earlier items. Bring more data, or lower sequences.min_history, min_item_events or min_item_users."
             )
         windows.save(ctx.out, split)
         facts[f"{split}_windows"], facts[f"{split}_users"] = len(windows), len(windows.users)
@@ -155,7 +155,7 @@ def build_catalogue(
 def user_groups(
     events: pl.DataFrame, catalogue: Catalogue, split_of: dict[str, str]
 ) -> dict[str, list[tuple[int, np.ndarray]]]:
-    """``{user: [(time in microseconds, item indices of the group), ...]}`` in time order; items outside are left out."""
+    """``{user: [(time in microseconds, item indices of the group), ...]}`` in time order; other items are left out."""
     index = pl.DataFrame({"item_id": catalogue.item_ids}).with_row_index("item")
     if "group_id" not in events.columns:
         events = events.with_columns(group_id=pl.col("timestamp").cast(pl.String))

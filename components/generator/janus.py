@@ -228,7 +228,7 @@ class JanusGenerator(nn.Module):
         Args:
             favourites_UK: item indices of each history, -1 for none.
             seeds: one a user; a user's random numbers depend on that seed alone, whatever else is in the batch.
-            guidance: 1 is plain conditional sampling, 0 unconditional, above 1 leans on the history (generation.md 1.5).
+            guidance: 1 is plain conditional sampling, 0 unconditional, above 1 leans on the history (1.5).
             temperature: 0 takes the likeliest code each time.
             top_k, top_p: keep the likeliest codes only (0 and 1: keep all).
         """
@@ -266,7 +266,7 @@ class JanusGenerator(nn.Module):
 
 
 def _drop_codec(model: JanusForConditionalGeneration) -> None:
-    """The codec is a part of its own (tokenise); the any-to-any model keeps only the embedding and head of its codes."""
+    """The codec is a part of its own (tokenise); the model keeps only the embedding and head of its codes."""
     model.model.vqmodel = nn.Identity()
 
 

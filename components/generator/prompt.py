@@ -135,7 +135,9 @@ class PromptBuilder:
         """
         favourites = np.asarray(favourites_UK)[:, : self.history]
         if favourites.size and int(favourites.max()) >= len(self.lines):
-            raise ConfigError(f"item index {int(favourites.max())} is outside the catalogue of {len(self.lines)} items.")
+            raise ConfigError(
+                f"item index {int(favourites.max())} is outside the catalogue of {len(self.lines)} items."
+            )
         rows, items = [], []
         column = np.arange(self._slot_IT.shape[1])
         for history in favourites:

@@ -132,9 +132,7 @@ class _Branch:
             q = _rotate(attention.q_proj(h).unflatten(-1, (-1, d)), cos, sin)
             ok[:, :, :, self.t - 1] = _rotate(attention.k_proj(h).unflatten(-1, (-1, d)), cos, sin)
             ov[:, :, :, self.t - 1] = attention.v_proj(h).unflatten(-1, (-1, d))
-            mixed = shared_prefix_attention(
-                q, pk, pv, self.bias_UP, ok[:, :, :, : self.t], ov[:, :, :, : self.t]
-            )
+            mixed = shared_prefix_attention(q, pk, pv, self.bias_UP, ok[:, :, :, : self.t], ov[:, :, :, : self.t])
             x_UnD = x_UnD + attention.o_proj(mixed.flatten(-2))
             x_UnD = x_UnD + layer.mlp(layer.post_attention_layernorm(x_UnD))
         self.next_position_U = self.next_position_U + 1

@@ -218,7 +218,9 @@ def train_eyes(
     eyes.eval().requires_grad_(False)
     with torch.no_grad():
         seen = torch.cat([eyes(part).last_hidden_state.mean(1) for part in rgb.split(256)])
-        right = [(head(seen).argmax(-1) == y)[y >= 0].float().mean() for head, y in zip(heads[:-1], labels[:-1], strict=True)]
+        right = [
+            (head(seen).argmax(-1) == y)[y >= 0].float().mean() for head, y in zip(heads[:-1], labels[:-1], strict=True)
+        ]
     return eyes, curves, float(torch.stack(right).mean()) if right else 1.0
 
 

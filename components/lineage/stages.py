@@ -150,7 +150,8 @@ class ArtifactStore:
         folder = self._folder(artifact_id)
         if not self.has(artifact_id):
             raise LineageError(
-                f"artifact {artifact_id!r} is not in {self.workspace.artifacts}. Run `couturier retrain` to make it again."
+                f"artifact {artifact_id!r} is not in {self.workspace.artifacts}. "
+                "Run `couturier retrain` to make it again."
             )
         return Artifact(id=artifact_id, path=folder, reused=True, seconds=0.0, facts=read_json(folder / FACTS))
 

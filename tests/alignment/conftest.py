@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+
 from couturier.components.data.formats import Catalogue, Windows
 from couturier.components.generator import tokenise
 from couturier.components.generator.codec import PatchVQConfig

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from couturier.components.alignment.batches import WindowSampler, picture_codes
 from couturier.components.alignment.sft import other_users
 from couturier.components.data.formats import Windows

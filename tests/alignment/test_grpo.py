@@ -8,13 +8,14 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from couturier.components.alignment import grpo, sft
 from couturier.components.alignment.grpo import policy_loss
 from couturier.components.alignment.rewards import Weights, advantages
 from couturier.components.generator.janus import GeneratorConfig
 from couturier.components.interest import fit
 from couturier.components.lineage.checkpoints import Checkpoints
-from safetensors.torch import load_file
 
 from .conftest import HISTORY, context
 from .test_sft import KillAt, Killed
@@ -94,7 +95,7 @@ def aligned(started: Path) -> tuple[Path, dict]:
 
 def test_the_reward_rises_and_every_term_is_logged(aligned: tuple[Path, dict]) -> None:
     curves = pl.read_parquet(aligned[0] / "curves.parquet")
-    reward = curves.filter(pl.col("name") == "reward").sort("step")["value"]
+    reward = curves.filter(pl.col("name") == "reward").sort("step")["value"].to_numpy()
     assert reward[-8:].mean() > reward[:4].mean()
     names = set(curves["name"].unique())
     assert {f"reward_{term}" for term in Weights().of()} <= names

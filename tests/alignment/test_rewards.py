@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from couturier.components.alignment.rewards import (
     TERMS,
     Rollout,
@@ -14,8 +17,6 @@ from couturier.components.alignment.rewards import (
     prospects,
     score,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 ITEMS = 6
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from couturier.components.alignment import sft
 from couturier.components.errors import TrainingError
 from couturier.components.generator.janus import GeneratorConfig
 from couturier.components.lineage.stages import Silent
-from safetensors.torch import load_file
 
 from .conftest import HISTORY, context
 

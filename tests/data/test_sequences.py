@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+
 from couturier.components.data.formats import Catalogue, Windows
 from couturier.components.data.sequences import Config, run, split_users
 from couturier.components.errors import DataError
@@ -75,7 +76,11 @@ def log_of(folder: Path) -> pl.DataFrame:
 def test_users_belong_to_one_split_and_times_to_one_side_of_the_cut(done: tuple[Path, dict]) -> None:
     splits = {name: Windows.load(done[0], name) for name in ("train", "valid", "test")}
     users = {name: set(windows.users) for name, windows in splits.items()}
-    assert not users["train"] & users["test"] and not users["train"] & users["valid"] and not users["valid"] & users["test"]
+    assert (
+        not users["train"] & users["test"]
+        and not users["train"] & users["valid"]
+        and not users["valid"] & users["test"]
+    )
     cut_us = int(np.datetime64(done[1]["cut"], "us").astype(np.int64))
     assert splits["train"].time_W.max() < cut_us
     assert min(splits["valid"].time_W.min(), splits["test"].time_W.min()) >= cut_us

@@ -6,10 +6,11 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from transformers import JanusVisionConfig, JanusVisionModel
+
 from couturier.components.data.formats import Catalogue
 from couturier.components.generator.janus import GeneratorConfig, JanusGenerator
 from couturier.components.runtime import global_seed
-from transformers import JanusVisionConfig, JanusVisionModel
 
 ITEMS, CODES, CODEBOOK = 40, 4, 24
 

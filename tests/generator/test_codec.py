@@ -1,4 +1,4 @@
-"""The codec: shapes, training that reconstructs, codes read off their own pixels alone, the same bits from any batch."""
+"""The codec: shapes, training that reconstructs, codes read off their own pixels alone, resume to the bit."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from couturier.components.data.formats import Catalogue
 from couturier.components.errors import ConfigError, LineageError
 from couturier.components.generator.codec import PatchVQ, PatchVQConfig, load_codec, psnr_db
 from couturier.components.generator.tokenise import Config, load_eyes, one_cycle, pictures, run
 from couturier.components.lineage.stages import Silent, StageContext
 from couturier.components.lineage.workspace import Workspace
-from safetensors.torch import load_file
 
 TINY = Config(
     threads=1,

@@ -1,4 +1,4 @@
-"""The traps of generation.md 1.5 and 1.9, each with a test: history matters, latest items, mask, causality, guidance."""
+"""The traps of generation.md 1.5 and 1.9: history matters, latest items, mask, causality, guidance."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import JanusConfig, JanusForConditionalGeneration
+
 from couturier.components.data.formats import Catalogue
 from couturier.components.errors import ConfigError, LineageError
 from couturier.components.generator.janus import GeneratorConfig, JanusGenerator
-from transformers import JanusConfig, JanusForConditionalGeneration
 
 
 def test_changing_one_history_picture_changes_the_first_code(generator: JanusGenerator, histories: np.ndarray) -> None:
@@ -49,9 +50,7 @@ def test_the_packed_pass_equals_one_picture_at_a_time(
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
-def test_padding_a_batch_changes_no_row(
-    generator: JanusGenerator, histories: np.ndarray, codes: torch.Tensor
-) -> None:
+def test_padding_a_batch_changes_no_row(generator: JanusGenerator, histories: np.ndarray, codes: torch.Tensor) -> None:
     together = generator.log_prob(generator.prompts.build(histories), codes)
     for u in range(3):
         alone = generator.log_prob(generator.prompts.build(histories[u : u + 1]), codes[u : u + 1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from couturier.components.errors import ConfigError
 from couturier.components.generator.janus import JanusGenerator
 

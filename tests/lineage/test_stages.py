@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from couturier.components.errors import LineageError
 from couturier.components.lineage import sources
 from couturier.components.lineage.stages import ArtifactStore, Stage, StageContext
