@@ -70,7 +70,7 @@ class Config:
     """Intervals come from users: few windows of many users."""
     max_users: int = 0
     """Evaluate the first so many test users; 0: all."""
-    batch: int = 64
+    batch: int = 128
     """Windows sampled at once."""
     guidance: float = 3.0
     """Of the row ``sft_guided``."""

@@ -85,9 +85,11 @@ class Ruler:
         return {name: value.double().numpy() for name, value in found.items()}
 
     def _measure(self, rows_Vn: Tensor, truth: Truth) -> dict[str, Tensor]:
-        f_VnD = self.finder.features_RD[rows_Vn]
+        # The same pictures come up again and again: each is compared with the catalogue once.
+        unique_M, where_Vn = rows_Vn.unique(return_inverse=True)
+        f_MD = self.finder.features_RD[unique_M]
+        f_VnD, similar_VnI = f_MD[where_Vn], (f_MD @ self.finder.tiles_ID.T)[where_Vn]
         nearest_Vn = self.finder.nearest_R[rows_Vn]
-        similar_VnI = f_VnD @ self.finder.tiles_ID.T
         psnr_Vn = self.finder.psnr_R[rows_Vn]
         hit_Vn = truth.basket_VI.gather(1, nearest_Vn).double()
         new_Vn = 1 - truth.history_VI.gather(1, nearest_Vn).double()
@@ -105,8 +107,8 @@ class Ruler:
             "validity": (psnr_Vn >= VALID_DB).double().mean(1),
             "mush": (psnr_Vn < MUSH_DB).double().mean(1),
         }
-        for name, read_N in self.reader.read(f_VnD.flatten(0, 1)).items():
-            found[name] = self._agrees(name, read_N.view(nearest_Vn.shape), truth.basket_VI)
+        for name, read_M in self.reader.read(f_MD).items():
+            found[name] = self._agrees(name, read_M[where_Vn], truth.basket_VI)
         return found
 
     def _agrees(self, name: str, read_Vn: Tensor, basket_VI: Tensor) -> Tensor:
