@@ -16,7 +16,8 @@ SHAPES, GROUNDS, SIDE = 8, 3, 32
 
 def catalogue() -> Catalogue:
     """24 tiles: a shape (category) on a ground (department), a corner for every second one (brand)."""
-    rows, tiles = [], []
+    rows: list[tuple[str, str, str, str]] = []
+    tiles: list[np.ndarray] = []
     for shape in range(SHAPES):
         for ground in range(GROUNDS):
             own = (shape + ground) % 2 == 0
