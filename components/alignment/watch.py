@@ -6,6 +6,8 @@ and the same sampling seeds every time, so that two looks differ by the policy a
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import torch
 
@@ -13,11 +15,16 @@ from couturier.components.alignment.rewards import membership
 from couturier.components.data.formats import Catalogue, Windows
 from couturier.components.evaluation.encoder import ItemFinder, load_encoder
 from couturier.components.generator.codec import Codec
-from couturier.components.generator.janus import JanusGenerator
 from couturier.components.lineage.stages import StageContext
 from couturier.components.runtime import derived_seed
 
 _BATCH = 64
+
+
+class Draws(Protocol):
+    """What the watcher needs of a generator; see :meth:`JanusGenerator.sample`."""
+
+    def sample(self, favourites_UK: np.ndarray, n: int, *, seeds: list[int]) -> torch.Tensor: ...
 
 
 class Watch:
@@ -41,7 +48,7 @@ class Watch:
         self.history_WI = membership(list(self.favourites_WK), len(catalogue))
 
     @torch.no_grad()
-    def look(self, generator: JanusGenerator) -> dict[str, float]:
+    def look(self, generator: Draws) -> dict[str, float]:
         """Means over windows: ``watch_basket_precision`` (share of pictures that are items of the true next basket),
         ``watch_sim_next`` (mean similarity of a picture to the nearest item of that basket), ``watch_copied`` (share
         out of the history) and ``watch_distinct`` (share of different items among a window's pictures)."""

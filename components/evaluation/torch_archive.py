@@ -24,7 +24,7 @@ from torch import Tensor
 from couturier.components.errors import DataError
 
 _MAGIC = 0x1950A86A20F9469CFC6C
-_DTYPES = {"torch FloatStorage": np.dtype("<f4"), "torch LongStorage": np.dtype("<i8")}
+_DTYPES: dict[str, np.dtype[Any]] = {"torch FloatStorage": np.dtype("<f4"), "torch LongStorage": np.dtype("<i8")}
 _REBUILD = "torch._utils _rebuild_tensor_v2"
 _ORDERED = "collections OrderedDict"
 _KNOWN = {*_DTYPES, _REBUILD, _ORDERED}
@@ -150,10 +150,9 @@ class _Machine:
 
     def persistent(self) -> None:
         kind, name, key, _place, count, view = self.stack.pop()
-        dtype: np.dtype[Any] = _DTYPES[name.text]
         if kind != "storage" or view is not None:
             raise ValueError(f"a persistent id of kind {kind!r}")
-        self.stack.append(_Storage(str(key), dtype, int(count)))
+        self.stack.append(_Storage(str(key), _DTYPES[name.text], int(count)))
 
     def append_one(self) -> None:
         value = self.stack.pop()

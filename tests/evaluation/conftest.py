@@ -33,14 +33,19 @@ class Made:
     inputs: dict[str, Path]
 
     def context(
-        self, name: str, config: Any, *inputs: str, progress: Progress | None = None, **others: Path
+        self,
+        name: str,
+        config: Any,
+        *inputs: str,
+        progress: Progress | None = None,
+        others: dict[str, Path] | None = None,
     ) -> StageContext:
         """A fresh context; running the same name again finds its scratch folder as it was left."""
         out, scratch = self.root / name, self.root / "scratch" / name
         out.mkdir(exist_ok=True)
         scratch.mkdir(parents=True, exist_ok=True)
         return StageContext(
-            inputs={key: self.inputs[key] for key in inputs} | others,
+            inputs={key: self.inputs[key] for key in inputs} | (others or {}),
             config=config,
             out=out,
             scratch=scratch,

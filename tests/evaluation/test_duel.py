@@ -30,7 +30,7 @@ def candidate(evaluated: StageContext) -> Path:
 
 def _fight(made: Made, name: str, candidate: Path, **others: Path) -> pl.DataFrame:
     given = {"evaluate": candidate, "rl": made.inputs["rl"], "champion_sequences": made.inputs["sequences"]} | others
-    ctx = made.context(name, duel.Config(), "sequences", "judge", "tokenise", **given)
+    ctx = made.context(name, duel.Config(), "sequences", "judge", "tokenise", others=given)
     duel.run(ctx)
     return pl.read_parquet(ctx.out / "per_user.parquet")
 
