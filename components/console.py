@@ -150,7 +150,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
     """A plain table; the first ``left`` columns stand left, figures stand right. Cells are text, not markup."""
     made = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for number, name in enumerate(columns):
-        made.add_column(name, justify="left" if number < left else "right", overflow="fold")
+        made.add_column(name, justify="left" if number < left else "right", overflow="fold", no_wrap=number == 0)
     for row in rows:
         made.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
     return made

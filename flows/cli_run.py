@@ -155,24 +155,45 @@ def report(
     out().print(f"\nPictures, curves and how to read this: {page}", markup=False)
 
 
+# The order in which rows answer each other: ours, what else it could be, what needs no model, what bounds it.
+ROWS = (
+    "grpo", "sft", "sft_guided", "best_of_n", "unconditional", "wrong_user", "copy_favourites", "copy_last",
+    "popularity", "nearest_item", "random_item", "oracle",
+)  # fmt: skip
 SHOWN = ("basket_precision", "hit@10", "ndcg@10", "sim_next", "diversity", "novelty", "validity")
+JUDGED = ("gauc", "gauc_wrong_user", "gauc_popularity", "difference")
+WIDE = 185
 
 
 def _show_table(proof: dict[str, Any]) -> None:
     from couturier.components.console import table
 
-    rows = [(name, *(_interval(figures.get(metric)) for metric in SHOWN)) for name, figures in proof["table"].items()]
-    out().print(table("Mean [95 % interval over users]", ("", *SHOWN), rows))
+    screen = out()
+    wide = screen.width >= WIDE
+    found = proof["table"]
+    order = [*(name for name in ROWS if name in found), *(name for name in found if name not in ROWS)]
+    rows = [(name, *(_interval(found[name].get(metric), wide=wide) for metric in SHOWN)) for name in order]
+    title = "Mean [95 % interval over users]" if wide else f"Means over users; intervals with --json or {WIDE} columns"
+    names = SHOWN if wide else ("basket", *SHOWN[1:])
+    screen.print(table(title, ("", *names), rows))
+    if not wide:
+        screen.print("basket: basket_precision, the share of pictures that are items of the true next basket")
     judge = proof.get("judge", {})
     if judge:
-        said = ", ".join(f"{name} {_interval(value)}" for name, value in judge.items() if not isinstance(value, dict))
-        out().print(f"\njudge: {said}", markup=False)
+        said = ", ".join(f"{name} {_bounded(judge, name)}" for name in JUDGED if name in judge)
+        screen.print(f"\njudge: {said}", markup=False)
 
 
-def _interval(value: Any) -> str:
+def _bounded(figures: dict[str, Any], name: str) -> str:
+    """A figure whose interval stands beside it as ``_low`` and ``_high``."""
+    low, high = figures.get(f"{name}_low"), figures.get(f"{name}_high")
+    return _interval(figures[name] if low is None else [figures[name], low, high])
+
+
+def _interval(value: Any, *, wide: bool = True) -> str:
     if value is None:
         return ""
     if isinstance(value, list):
         mean, low, high = value
-        return f"{mean:.3f} [{low:.3f}, {high:.3f}]" if low is not None and high is not None else f"{mean:.3f}"
+        return f"{mean:.3f}" if low is None or high is None or not wide else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
