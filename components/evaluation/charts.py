@@ -291,7 +291,7 @@ def write_grid(
     for i, text in enumerate(foot):
         draw.text((size.label, y + size.leading * i), text, fill=_SOFT, font=small, anchor="la")
     with written_beside(path) as beside:
-        sheet.save(beside, format="PNG", optimize=True)
+        sheet.save(beside, format="PNG")
 
 
 def real_tiles(items: Sequence[int], catalogue: Catalogue) -> list[Tile]:

@@ -49,8 +49,14 @@ DIFFERENCES = (
     ("sft", "sft_wrong_user", "basket_precision"),
     ("grpo", "popularity_eq", "basket_precision"),
     ("grpo", "copy_favourites_eq", "basket_precision"),
+    ("grpo", "popularity_eq", "distinct_hits"),
+    ("grpo", "copy_favourites_eq", "distinct_hits"),
+    ("grpo", "sft", "distinct_hits"),
     ("grpo", "best_of_n", "basket_precision"),
     ("grpo", "sft_guided", "basket_precision"),
+    ("grpo", "sft", "basket_found"),
+    ("grpo", "popularity_eq", "basket_found"),
+    ("grpo", "copy_favourites_eq", "basket_found"),
     ("grpo", "sft", "hr_target"),
     ("grpo", "sft", "ndcg@10"),
     ("grpo", "sft", "sim_next"),
@@ -187,9 +193,9 @@ class _Evaluation:
         )
         for rule in rules:
             self._add(rule.__name__, rule(self.world))
-        copied_V = torch.from_numpy(self.per_window["grpo"]["copied"] * self.config.pictures).round().long()
+        shown_Vn = self.world.finder.nearest_R[self.rows["grpo"]]
         for name, by_popularity in (("copy_favourites_eq", False), ("popularity_eq", True)):
-            self._add(name, protocol.at_equal_novelty(self.world, copied_V, by_popularity=by_popularity))
+            self._add(name, protocol.at_equal_novelty(self.world, shown_Vn, by_popularity=by_popularity))
 
     def _add(self, name: str, rows_Vn: Tensor, windows_V: Tensor | None = None) -> None:
         """Measure a row; windows it was not measured on stay unknown (NaN)."""

@@ -4,7 +4,9 @@ All of it sees pictures through the evaluation encoder, except ``validity`` and 
 
 ====================== ==========================================================================================
 basket_precision       share of pictures whose nearest real item is in the true next basket
+basket_found           different items of the next basket that are shown, over the pictures: a repeated hit counts once
 basket_precision_new   pictures that hit and are not in the history, over pictures not in the history (0 when none)
+distinct_hits          different items of the next basket that are shown, over the pictures: a repeat counts once
 hit@k, ndcg@k          the whole catalogue ranked by its greatest similarity to any of the pictures; relevant are the
                        items of the next basket (hit: any of them among the first k)
 hr_target              one drawn item of the next basket is the nearest item of some picture
@@ -13,7 +15,7 @@ diversity              mean of 1 - cosine between two pictures of the window
 between_user           mean of 1 - cosine to the pictures of other users
 distinct               different nearest items, as a share of the pictures
 novelty, copied        share of pictures whose nearest item is not, is in the history
-validity, mush         share of pictures within 23 dB of a real tile; share beyond 20 dB of every one
+validity, mush         share of pictures within 23 dB of a real tile; share beyond 18 dB of every one
 judge                  mean standardised logit of the judge, in SD
 <attribute>            share of pictures whose attribute, as read off them, occurs in the next basket
 ====================== ==========================================================================================
@@ -33,7 +35,7 @@ from couturier.components.data.formats import Catalogue
 from couturier.components.evaluation.encoder import AttributeReader, Encoder, ItemFinder, attribute_classes
 
 CUTS = (10, 20, 50)
-VALID_DB, MUSH_DB = 23.0, 20.0
+VALID_DB, MUSH_DB = 23.0, 18.0
 _CHUNK = 128
 
 
@@ -95,7 +97,9 @@ class Ruler:
         new_Vn = 1 - truth.history_VI.gather(1, nearest_Vn).double()
         found = {
             "basket_precision": hit_Vn.mean(1),
+            "basket_found": _found(nearest_Vn, truth.basket_VI),
             "basket_precision_new": (hit_Vn * new_Vn).sum(1) / new_Vn.sum(1).clamp_min(1),
+            "distinct_hits": _shown(nearest_Vn, truth.basket_VI) / nearest_Vn.shape[1],
             **retrieval(similar_VnI.amax(1), truth.basket_VI),
             "hr_target": (nearest_Vn == truth.target_V[:, None]).any(1).float(),
             "sim_next": _to_nearest(similar_VnI, truth.basket_VI),
@@ -198,6 +202,18 @@ def _to_nearest(similar_VnI: Tensor, members_VI: Tensor) -> Tensor:
     """Mean over pictures of the cosine to the most similar member; 0 where there is none."""
     best_Vn = similar_VnI.masked_fill(~members_VI[:, None], -1.0).amax(-1)
     return torch.where(members_VI.any(1), best_Vn.mean(1), 0.0)
+
+
+def _found(nearest_Vn: Tensor, basket_VI: Tensor) -> Tensor:
+    """Different members among the items shown, over the number of pictures."""
+    shown_VI = torch.zeros_like(basket_VI).scatter_(1, nearest_Vn, True)
+    return (shown_VI & basket_VI).sum(1).double() / nearest_Vn.shape[1]
+
+
+def _shown(nearest_Vn: Tensor, members_VI: Tensor) -> Tensor:
+    """How many different members the pictures show, ``[V]``."""
+    shown_VI = torch.zeros_like(members_VI).scatter_(1, nearest_Vn, value=True)
+    return (shown_VI & members_VI).sum(1).double()
 
 
 def _distinct(nearest_Vn: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ Legend: V windows, n pictures a window, I items, L codes a picture, K favourites
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,19 +246,26 @@ def oracle(world: World) -> Tensor:
     return world.look(world.codes_IL[world.cycled(baskets)])
 
 
-def at_equal_novelty(world: World, copied_V: Tensor, *, by_popularity: bool) -> Tensor:
-    """Real items with exactly as many out of the history as another row had in each window (``copied_V`` pictures).
+def at_equal_novelty(world: World, shown_Vn: Tensor, *, by_popularity: bool) -> Tensor:
+    """Real items with exactly as many out of the history, and exactly as many repeats, as another row in each window.
 
-    The copies are the favourites in order, or the history's most popular items; the others the most popular items
-    that are not in the history.
+    A row that shows its surest guess four times has a higher share of hits than one that must show ten different items.
+    So the best of these items is shown as often as the other row's most frequent one, and so on, old and new apart.
+    The old items are the favourites in order, or the history's most popular; the new ones the most popular of the rest.
+
+    Args:
+        shown_Vn: catalogue items that the other row shows.
     """
     chosen = []
-    for v, copies in enumerate(copied_V.tolist()):
+    for v, shown in enumerate(shown_Vn.tolist()):
         history = world.truth.history_VI[v].numpy()
         favourites = world.plan.favourites_VK[v]
-        old = world.popular_I[history[world.popular_I]] if by_popularity else favourites[favourites >= 0]
-        new = world.popular_I[~history[world.popular_I]]
-        chosen.append(np.concatenate([np.resize(old, copies) if len(old) else new[:0], new])[: world.n])
+        times = Counter(shown)
+        old = sorted((count for item, count in times.items() if history[item]), reverse=True)
+        new = sorted((count for item, count in times.items() if not history[item]), reverse=True)
+        old_items = world.popular_I[history[world.popular_I]] if by_popularity else favourites[favourites >= 0]
+        new_items = world.popular_I[~history[world.popular_I]]
+        chosen.append(np.concatenate([np.repeat(old_items[: len(old)], old), np.repeat(new_items[: len(new)], new)]))
     return world.cycled(chosen)
 
 

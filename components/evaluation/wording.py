@@ -13,6 +13,11 @@ Triple = tuple[float, float, float]  # mean, lower end, upper end
 METRICS: dict[str, tuple[str, str, int]] = {
     # name: (words, what it means, +1 higher is better | -1 lower | 0 neither)
     "basket_precision": ("In next basket", "Share of pictures whose nearest real item is in the next real basket.", 1),
+    "basket_found": (
+        "Found of basket",
+        "Different items of the next basket that are drawn, over the pictures: drawing one twice counts once.",
+        1,
+    ),
     "basket_precision_new": (
         "In next, new only",
         "The same share, among the pictures that are not of the history: what copying cannot earn.",
@@ -75,12 +80,12 @@ ROWS: dict[str, tuple[str, str, str]] = {
     "popularity": ("Popularity", "The items most taken by everybody.", "controls"),
     "popularity_eq": (
         "Popularity, as new",
-        "Popular items, with as many out of the history as GRPO drew for the same person: equal novelty.",
+        "Popular items, as many of the history and as many repeats as GRPO drew for the same person: equal novelty.",
         "controls",
     ),
     "copy_favourites_eq": (
         "Favourites, as new",
-        "As many favourites as GRPO drew out of the history, popular new items for the rest: equal novelty.",
+        "Favourites and popular new items, as many of each and as many repeats as GRPO drew: equal novelty.",
         "controls",
     ),
     "oracle": ("Oracle", "The true next items, put through the codec: the best any drawing could do.", "oracle"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import cast
 
@@ -120,17 +121,20 @@ def test_the_nearest_item_to_a_history_of_one_item_is_that_item(made: Made, plan
     assert protocol.nearest_item(alone)[:, 0].tolist() == windows.favourites_WK[:, 0].tolist()
 
 
-def test_equal_novelty_keeps_the_best_copies_and_adds_the_most_popular_new_items(world: World, plan: Plan) -> None:
-    wanted = torch.arange(len(plan)) % (N + 1)
+def test_equal_novelty_and_equal_repeats_with_the_best_items_shown_most(world: World, plan: Plan) -> None:
+    random = np.random.default_rng(0)
+    shown = torch.from_numpy(random.choice(ITEMS // 2, (len(plan), N)))  # few items: many repeats
     for by_popularity in (False, True):
-        shown = protocol.at_equal_novelty(world, wanted, by_popularity=by_popularity)
-        assert (_copied(world, shown) * N).round().long().tolist() == wanted.tolist()
-        for v, copies in enumerate(wanted.tolist()):
-            history = world.truth.history_VI[v]
-            new = [int(i) for i in world.popular_I if not history[i]][: N - copies]
-            assert shown[v, copies:].tolist() == new
-            if not by_popularity and copies:
-                assert shown[v, 0] == plan.favourites_VK[v][0]
+        control = protocol.at_equal_novelty(world, shown, by_popularity=by_popularity)
+        assert control.shape == shown.shape
+        for v, history_I in enumerate(world.truth.history_VI.tolist()):
+            favourites = [i for i in plan.favourites_VK[v].tolist() if i >= 0]
+            old = sorted(favourites, key=world.popular_I.tolist().index) if by_popularity else favourites
+            new = [i for i in world.popular_I.tolist() if not history_I[i]]
+            for group, ranked in ((True, old), (False, new)):
+                wanted = sorted(Counter(i for i in shown[v].tolist() if history_I[i] == group).values(), reverse=True)
+                given = Counter(i for i in control[v].tolist() if history_I[i] == group)
+                assert given == dict(zip(ranked, wanted, strict=False))
 
 
 def test_a_generator_that_reads_histories_is_told_from_strangers(
