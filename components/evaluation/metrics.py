@@ -4,7 +4,6 @@ All of it sees pictures through the evaluation encoder, except ``validity`` and 
 
 ====================== ==========================================================================================
 basket_precision       share of pictures whose nearest real item is in the true next basket
-basket_found           different items of the next basket that are shown, over the pictures: a repeated hit counts once
 basket_precision_new   pictures that hit and are not in the history, over pictures not in the history (0 when none)
 distinct_hits          different items of the next basket that are shown, over the pictures: a repeat counts once
 hit@k, ndcg@k          the whole catalogue ranked by its greatest similarity to any of the pictures; relevant are the
@@ -97,7 +96,6 @@ class Ruler:
         new_Vn = 1 - truth.history_VI.gather(1, nearest_Vn).double()
         found = {
             "basket_precision": hit_Vn.mean(1),
-            "basket_found": _found(nearest_Vn, truth.basket_VI),
             "basket_precision_new": (hit_Vn * new_Vn).sum(1) / new_Vn.sum(1).clamp_min(1),
             "distinct_hits": _shown(nearest_Vn, truth.basket_VI) / nearest_Vn.shape[1],
             **retrieval(similar_VnI.amax(1), truth.basket_VI),
@@ -202,18 +200,6 @@ def _to_nearest(similar_VnI: Tensor, members_VI: Tensor) -> Tensor:
     """Mean over pictures of the cosine to the most similar member; 0 where there is none."""
     best_Vn = similar_VnI.masked_fill(~members_VI[:, None], -1.0).amax(-1)
     return torch.where(members_VI.any(1), best_Vn.mean(1), 0.0)
-
-
-def _found(nearest_Vn: Tensor, basket_VI: Tensor) -> Tensor:
-    """Different members among the items shown, over the number of pictures."""
-    shown_VI = torch.zeros_like(basket_VI).scatter_(1, nearest_Vn, True)
-    return (shown_VI & basket_VI).sum(1).double() / nearest_Vn.shape[1]
-
-
-def _shown(nearest_Vn: Tensor, members_VI: Tensor) -> Tensor:
-    """How many different members the pictures show, ``[V]``."""
-    shown_VI = torch.zeros_like(members_VI).scatter_(1, nearest_Vn, value=True)
-    return (shown_VI & members_VI).sum(1).double()
 
 
 def _distinct(nearest_Vn: Tensor) -> Tensor:
