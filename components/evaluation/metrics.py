@@ -202,6 +202,12 @@ def _to_nearest(similar_VnI: Tensor, members_VI: Tensor) -> Tensor:
     return torch.where(members_VI.any(1), best_Vn.mean(1), 0.0)
 
 
+def _shown(nearest_Vn: Tensor, members_VI: Tensor) -> Tensor:
+    """How many different members the pictures show, ``[V]``."""
+    shown_VI = torch.zeros_like(members_VI).scatter_(1, nearest_Vn, value=True)
+    return (shown_VI & members_VI).sum(1).double()
+
+
 def _distinct(nearest_Vn: Tensor) -> Tensor:
     """Different values in each row, over its length."""
     ordered = nearest_Vn.sort(1).values
