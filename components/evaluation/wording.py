@@ -13,7 +13,7 @@ Triple = tuple[float, float, float]  # mean, lower end, upper end
 METRICS: dict[str, tuple[str, str, int]] = {
     # name: (words, what it means, +1 higher is better | -1 lower | 0 neither)
     "basket_precision": ("In next basket", "Share of pictures whose nearest real item is in the next real basket.", 1),
-    "basket_found": (
+    "distinct_hits": (
         "Found of basket",
         "Different items of the next basket that are drawn, over the pictures: drawing one twice counts once.",
         1,

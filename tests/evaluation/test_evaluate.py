@@ -25,7 +25,7 @@ ROWS = {
     "nearest_item", "popularity", "oracle", "sft_guided", "best_of_n", "copy_favourites_eq", "popularity_eq",
 }  # fmt: skip
 METRICS = {
-    "basket_precision", "basket_found", "basket_precision_new", "hit@10", "hit@20", "hit@50", "ndcg@10",
+    "basket_precision", "distinct_hits", "basket_precision_new", "hit@10", "hit@20", "hit@50", "ndcg@10",
     "ndcg@20", "ndcg@50", "hr_target", "sim_next", "sim_history", "diversity", "between_user", "distinct",
     "novelty", "copied", "validity",
     "mush", "judge", "frechet", "coverage", "category", "brand",

@@ -74,7 +74,7 @@ def test_pictures_of_the_next_basket_are_perfect(ruler: Ruler, truth: Truth) -> 
 def test_shares_are_counted_by_hand(ruler: Ruler, truth: Truth) -> None:
     found = _measured(ruler, truth, [[0, 1, 9, 3], [20, 20, 7, 3], [12, 5, 5, 5]])
     assert found["basket_precision"].tolist() == [0.5, 0.25, 0.25]
-    assert found["basket_found"].tolist() == [0.5, 0.25, 0.25]
+    assert found["distinct_hits"].tolist() == [0.5, 0.25, 0.25]
     assert found["copied"].tolist() == [0.5, 0.5, 1.0]
     assert found["novelty"].tolist() == [0.5, 0.5, 0.0]
     assert found["basket_precision_new"][:2].tolist() == [0.5, 0.5]
@@ -85,7 +85,7 @@ def test_shares_are_counted_by_hand(ruler: Ruler, truth: Truth) -> None:
 def test_a_hit_shown_again_is_found_once(ruler: Ruler, truth: Truth) -> None:
     found = _measured(ruler, truth, [[0, 0, 0, 0], [7, 7, 3, 3], [12, 13, 13, 5]])
     assert found["basket_precision"].tolist() == [1.0, 0.5, 0.75]
-    assert found["basket_found"].tolist() == [0.25, 0.25, 0.5]
+    assert found["distinct_hits"].tolist() == [0.25, 0.25, 0.5]
 
 
 def test_likeness_to_the_history_is_highest_for_copies(ruler: Ruler, truth: Truth) -> None:
