@@ -182,6 +182,7 @@ class _Trainer:
         shelf_UID = self.item_features_ID.expand(u, -1, -1)
         return Rollout(
             prospect_UI=prospects(self.judge.score(state, shelf_UID), self.base_I),
+            base_I=1 - (-self.base_I).exp(),
             nearest_Un=self.book.nearest[seen].view(u, n),
             psnr_Un=self.book.psnr[seen].view(u, n),
             features_UnD=features,

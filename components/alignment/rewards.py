@@ -30,10 +30,12 @@ class Weights:
 
     coverage: float = 2.0
     """Leave-one-out coverage of the next basket by the group: what a picture adds that no other of its group has."""
-    prospect: float = 4.0
+    prospect: float = 6.0
     """How likely the item is in the next basket by the judge and its popularity: coverage expected, not observed, so it
     has a value for every picture where the one basket that was seen is nearly always silent."""
-    judge: float = 0.1
+    contrast: float = 1.0
+    """Share of an item's base rate taken off its prospect: what anybody would take earns little for this person."""
+    judge: float = 0.2
     """The judge's standardised logit, in SD."""
     future: float = 0.25
     """Whether the picture is an item of the baskets after the next."""
@@ -59,6 +61,7 @@ class Rollout:
 
     nearest_Un: catalogue index of the nearest tile;  psnr_Un: decibels to it;  features_UnD: the judge's features.
     liking_Un: the judge's standardised logit;  prospect_UI: probability that an item is in the next basket.
+    base_I: the same for a person of whom nothing is known.
     basket_UI, future_UI, history_UI: bool membership of items.
     """
 
@@ -67,6 +70,7 @@ class Rollout:
     features_UnD: Tensor
     liking_Un: Tensor
     prospect_UI: Tensor
+    base_I: Tensor
     basket_UI: Tensor
     future_UI: Tensor
     history_UI: Tensor
@@ -81,8 +85,10 @@ def coverage(rollout: Rollout, weights: Weights) -> Tensor:
 
 
 def prospect(rollout: Rollout, weights: Weights) -> Tensor:
-    """The probability of the picture's item, shared among the pictures of its group that show the same item."""
-    return rollout.prospect_UI.gather(1, rollout.nearest_Un) / _same(rollout).sum(-1)
+    """The probability of the picture's item beyond a share of its base rate, shared among the pictures of its group
+    that show the same item."""
+    personal_UI = rollout.prospect_UI - weights.contrast * rollout.base_I
+    return personal_UI.gather(1, rollout.nearest_Un) / _same(rollout).sum(-1)
 
 
 def judge(rollout: Rollout, weights: Weights) -> Tensor:

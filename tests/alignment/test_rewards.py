@@ -32,6 +32,7 @@ def rollout(
         features_UnD=features,
         liking_Un=torch.zeros(1, n),
         prospect_UI=torch.linspace(0.1, 0.6, ITEMS)[None],
+        base_I=torch.full((ITEMS,), 0.1),
         basket_UI=membership([np.array(basket, int)], ITEMS),
         future_UI=membership([np.array(future, int)], ITEMS),
         history_UI=membership([np.array(history, int)], ITEMS),
@@ -52,8 +53,8 @@ def test_coverage_equals_the_leave_one_out_definition(nearest: list[int], basket
 
 
 def test_prospect_is_shared_among_pictures_of_one_item() -> None:
-    found = TERMS["prospect"](rollout([0, 0, 5]), Weights())
-    assert found[0].tolist() == pytest.approx([0.05, 0.05, 0.6])
+    found = TERMS["prospect"](rollout([0, 0, 5]), Weights(contrast=0.5))
+    assert found[0].tolist() == pytest.approx([0.025, 0.025, 0.55])
 
 
 def test_prospects_follow_popularity_times_lift_and_sum_to_a_basket() -> None:
