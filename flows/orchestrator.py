@@ -44,6 +44,7 @@ class LocalServer(Child):
     def __init__(self, workspace: Workspace, *, port: int = 0, web: bool = False) -> None:
         self.address = f"http://{LOOPBACK}:{port or free_port()}"
         self.api_url = f"{self.address}/api"
+        self.ready = False
         environment = {**os.environ, **prefect_environment(workspace), "PREFECT__SERVER_FINAL": "1"}
         environment.pop("PREFECT_API_URL", None)
         if web:
@@ -68,6 +69,7 @@ class LocalServer(Child):
                     f"{self.name} did not answer on {self.api_url} within {_STARTUP_S:.0f} s; see {self.log}."
                 )
             time.sleep(0.1)
+        self.ready = True
 
 
 @contextmanager
@@ -87,10 +89,11 @@ def orchestrated(workspace: Workspace) -> Iterator[LocalServer | None]:
             own.start()
         yield own
     finally:
-        if own and own.running():
+        if own and own.ready and own.running():
             _send_last_records()
         if own:
-            own.stop()
+            # One that is still starting would first finish its migrations, while somebody waits for an error.
+            own.stop(at_once=not own.ready)
         if before is None:
             del os.environ["PREFECT_API_URL"]
 

@@ -55,10 +55,12 @@ class Child:
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()
 
-    def stop(self, patience_s: float = 15.0) -> None:
-        """Return when the child and all its descendants are gone."""
+    def stop(self, patience_s: float = 15.0, *, at_once: bool = False) -> None:
+        """Return when the child and all its descendants are gone; ``at_once`` leaves them no time to end in order."""
         if self._process is None:
             return
+        if at_once:
+            _kill_below(self._process.pid)
         self.ask_to_stop()
         try:
             self._process.wait(timeout=patience_s)
@@ -66,3 +68,17 @@ class Child:
             self._process.kill()
             self._process.wait()
         self._process = None
+
+
+def _kill_below(warden_pid: int) -> None:
+    import psutil
+
+    try:
+        descendants = psutil.Process(warden_pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return
+    for process in descendants:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue

@@ -111,3 +111,25 @@ def test_what_is_installed_is_what_was_locked() -> None:
 def test_serving_does_not_pull_what_only_training_needs() -> None:
     serving = {one.split("==")[0] for one in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["serve"]]}
     assert not serving & {"dvc", "prefect", "mlflow", "great-expectations"}
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_points_at_files_that_are_there() -> None:
+    linked = {target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target}
+    listed = {f"{name}/" for name in re.findall(r"^(\w+)/ ", README, re.MULTILINE)}
+    assert linked
+    assert listed >= {f"{room}/" for room in ROOMS}
+    assert not [name for name in linked | listed if not (ROOT / name).exists()]
+
+
+def test_the_readme_names_only_verbs_that_exist() -> None:
+    from typer.main import get_command
+
+    from couturier.flows import cli
+
+    verbs = set(get_command(cli.app).commands)  # type: ignore[attr-defined]
+    named = set(re.findall(r"\bcouturier ([a-z]+)\b(?=[^*]*$)", README, re.MULTILINE))
+    assert {"retrain", "report", "up", "rollback"} <= named
+    assert named <= verbs
