@@ -258,5 +258,5 @@ class _Trainer:
         for step, name, value in self.curves:
             if step >= self.step - 20:
                 last.setdefault(name, []).append(value)
-        means = {name: round(float(np.mean(values)), 5) for name, values in last.items()}
+        means: dict[str, float | str | int] = {name: round(float(np.mean(values)), 5) for name, values in last.items()}
         return means | {"steps": self.step, "stopped": self.stopped or "all steps done"}

@@ -22,6 +22,8 @@ from typing import Final
 
 import numpy as np
 import polars as pl
+from PIL import Image, ImageOps
+
 from couturier.components.data.art import (
     CUE_COLOURS,
     DECADE_COLOURS,
@@ -33,7 +35,6 @@ from couturier.components.data.art import (
     art_table,
 )
 from couturier.components.errors import ConfigError, DataError, MissingExtraError
-from PIL import Image, ImageOps
 
 OPENMOJI_ATTRIBUTION: Final = (
     "Pictures are composed from OpenMoji emojis (openmoji.org), the open-source emoji and icon project, "

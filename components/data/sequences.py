@@ -14,6 +14,7 @@ import hashlib
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -177,7 +178,7 @@ class _Cutter:
 
     def __init__(self, n_items: int, config: Config, cut_us: int) -> None:
         self.n_items, self.config, self.cut_us = n_items, config, cut_us
-        self.rows: dict[str, list[dict[str, np.ndarray]]] = {s: [] for s in ("train", "valid", "test", "latest")}
+        self.rows: dict[str, list[dict[str, Any]]] = {s: [] for s in ("train", "valid", "test", "latest")}
         self.users: dict[str, list[str]] = {split: [] for split in self.rows}
 
     def add(self, user: str, split: str, moments: list[tuple[int, np.ndarray]]) -> None:
@@ -209,7 +210,7 @@ class _Cutter:
             empty = np.empty(0, np.int32)
             self._keep("latest", user, self._row(count, last, before) | {"basket": empty, "future": empty})
 
-    def _row(self, count: np.ndarray, last: np.ndarray, time: int) -> dict[str, np.ndarray]:
+    def _row(self, count: np.ndarray, last: np.ndarray, time: int) -> dict[str, Any]:
         """The history as seen at ``time``. Ties are broken by item index, which earlier purchases alone decide."""
         k = self.config.history
         seen = np.flatnonzero(last >= 0)
@@ -223,7 +224,7 @@ class _Cutter:
             "recent": _pad(recent, k, -1, np.int32),
         }
 
-    def _keep(self, split: str, user: str, row: dict[str, np.ndarray]) -> None:
+    def _keep(self, split: str, user: str, row: dict[str, Any]) -> None:
         if not self.users[split] or self.users[split][-1] != user:
             self.users[split].append(user)
         self.rows[split].append(row | {"user": np.int32(len(self.users[split]) - 1)})
@@ -232,7 +233,7 @@ class _Cutter:
         return {split: _windows(self.users[split], rows, self.config.history) for split, rows in self.rows.items()}
 
 
-def _windows(users: list[str], rows: list[dict[str, np.ndarray]], history: int) -> Windows:
+def _windows(users: list[str], rows: list[dict[str, Any]], history: int) -> Windows:
     def stack(name: str, dtype: type, width: int) -> np.ndarray:
         return np.stack([row[name] for row in rows]) if rows else np.empty((0, width), dtype)
 
@@ -283,7 +284,7 @@ def _evenly(values: list[int], wanted: int) -> list[int]:
 
 
 def _pad(values: np.ndarray, width: int, fill: float, dtype: type) -> np.ndarray:
-    padded = np.full(width, fill, dtype)
+    padded: np.ndarray = np.full(width, fill, dtype)
     padded[: len(values)] = values
     return padded
 

@@ -17,12 +17,25 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, JanusConfig, JanusForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    JanusConfig,
+    JanusForConditionalGeneration,
+    JanusVisionModel,
+    PreTrainedTokenizerFast,
+)
 
 from couturier.components.data.formats import Catalogue
 from couturier.components.errors import ConfigError, LineageError
 from couturier.components.files import read_json, write_json
-from couturier.components.generator.prompt import PromptBuilder, Prompts, describe, word_tokenizer
+from couturier.components.generator.prompt import (
+    PICTURE,
+    PromptBuilder,
+    Prompts,
+    describe,
+    id_of,
+    word_tokenizer,
+)
 from couturier.components.generator.sampler import SamplerSettings, sample_codes
 from couturier.components.runtime import global_seed
 
@@ -64,7 +77,7 @@ class JanusGenerator(nn.Module):
         config: GeneratorConfig,
         catalogue: Catalogue,
         *,
-        eyes: nn.Module,
+        eyes: JanusVisionModel,
         codebook: int,
         codes: int,
         seed: int,
@@ -106,7 +119,7 @@ class JanusGenerator(nn.Module):
                 "num_res_blocks": 0,
                 "latent_channels": 32,
             },
-            image_token_id=tokenizer.convert_tokens_to_ids("<image_placeholder>"),
+            image_token_id=id_of(tokenizer, PICTURE),
         )
         with global_seed(seed, "janus"):
             model = JanusForConditionalGeneration(janus)
@@ -134,7 +147,7 @@ class JanusGenerator(nn.Module):
                 f"sft.generator.base is {config.base!r}, which is neither a folder with a Janus model nor a reachable "
                 f"hub name ({str(error).splitlines()[0]}). Give a folder, or leave it empty for the tiny model."
             ) from error
-        vision, vq = model.config.vision_config, model.config.vq_config
+        vision, vq = model.model.vision_model.config, model.model.vqmodel.config
         _drop_codec(model)
         prompts = PromptBuilder(
             tokenizer,

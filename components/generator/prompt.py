@@ -115,7 +115,7 @@ class PromptBuilder:
     ) -> None:
         self.tokenizer, self.lines = tokenizer, list(lines)
         self.picture_tokens, self.history, self.max_words = picture_tokens, history, max_words
-        self.picture_id = _id_of(tokenizer, PICTURE)
+        self.picture_id = id_of(tokenizer, PICTURE)
         self.pad_id = int(tokenizer.pad_token_id)
         words = tokenizer(self.lines, add_special_tokens=False)["input_ids"] if lines else []
         slots = [[self.picture_id] * picture_tokens + ids[:max_words] for ids in words]
@@ -125,7 +125,7 @@ class PromptBuilder:
         for row, slot in zip(self._slot_IT, slots, strict=True):
             row[: len(slot)] = slot
         self._head = [int(tokenizer.bos_token_id), *_ids_of(tokenizer, USER)]
-        self._tail = [*_ids_of(tokenizer, ASSISTANT), _id_of(tokenizer, BEGIN_OF_IMAGE)]
+        self._tail = [*_ids_of(tokenizer, ASSISTANT), id_of(tokenizer, BEGIN_OF_IMAGE)]
 
     def build(self, favourites_UK: np.ndarray | Tensor) -> Prompts:
         """Histories int ``[U, K]`` (-1: nothing; the first ``history`` items are shown) → prompts.
@@ -174,11 +174,16 @@ class PromptBuilder:
         return cls(tokenizer, facts.pop("lines"), **facts)
 
 
-def _id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+def id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """The id of a special token.
+
+    Raises:
+        ConfigError: the tokenizer does not know it.
+    """
     found = tokenizer.convert_tokens_to_ids(token)
-    if found is None or found == tokenizer.unk_token_id:
+    if not isinstance(found, int) or found == tokenizer.unk_token_id:
         raise ConfigError(f"the tokenizer has no token {token!r}; the folder must hold a Janus tokenizer.")
-    return int(found)
+    return found
 
 
 def _ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -106,7 +106,7 @@ class _Branch:
             use_cache=True,
         ).last_hidden_state
         self.first_UD = hidden[:, -1]
-        self.prompt_kv = [(layer.keys, layer.values) for layer in cache.layers]
+        self.prompt_kv: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr,misc]
         self.bias_UP = torch.zeros(prompts.mask_UP.shape, dtype=x_UPD.dtype).masked_fill(
             ~prompts.mask_UP, float("-inf")
         )

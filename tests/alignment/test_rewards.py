@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,12 @@ ITEMS = 6
 
 
 def rollout(
-    nearest: list[int], *, basket: list[int] = (), future: list[int] = (), history: list[int] = (), psnr: float = 40.0
+    nearest: list[int],
+    *,
+    basket: Sequence[int] = (),
+    future: Sequence[int] = (),
+    history: Sequence[int] = (),
+    psnr: float = 40.0,
 ) -> Rollout:
     n = len(nearest)
     features = torch.nn.functional.one_hot(torch.tensor([nearest]), ITEMS).float()

@@ -7,6 +7,7 @@ from importlib import resources
 
 import polars as pl
 import pytest
+
 from couturier.components.data.art import (
     CUE_COLOURS,
     DECADE_COLOURS,

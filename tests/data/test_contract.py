@@ -12,6 +12,9 @@ from typing import Any
 
 import polars as pl
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from couturier.components.data import contract
 from couturier.components.data.contract import Config, contract_summary, explain_quarantine
 from couturier.components.data.quarantine import QUARANTINE
@@ -19,8 +22,6 @@ from couturier.components.data.raw import PICTURE_SCHEMA
 from couturier.components.errors import ConfigError, ContractError, DataError
 from couturier.components.lineage.stages import StageContext
 from couturier.components.lineage.workspace import Workspace
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 SIZE = 2
 TABLES = ("events", "items", "pictures", "users")

@@ -11,6 +11,8 @@ import zlib
 import numpy as np
 import polars as pl
 import pytest
+from PIL import Image
+
 from couturier.components.data.art import GENRE_ART, art_table
 from couturier.components.data.pictures import (
     BRANDS,
@@ -27,7 +29,6 @@ from couturier.components.data.pictures import (
     render_tiles,
 )
 from couturier.components.errors import ConfigError, DataError, MissingExtraError
-from PIL import Image
 
 
 def every_tile() -> pl.DataFrame:

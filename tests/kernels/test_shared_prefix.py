@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from couturier.kernels.shared_prefix import reference, shared_prefix_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from couturier.kernels.shared_prefix import reference, shared_prefix_attention
 
 
 def _case(users: int, n: int, kv: int, rep: int, p: int, t: int, d: int, seed: int) -> tuple[torch.Tensor, ...]:
@@ -29,7 +30,12 @@ def _case(users: int, n: int, kv: int, rep: int, p: int, t: int, d: int, seed: i
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(1, 5),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.integers(1, 5),
     st.integers(0, 10_000),
 )
 def test_equals_the_plain_definition(users: int, n: int, kv: int, rep: int, p: int, t: int, seed: int) -> None:
