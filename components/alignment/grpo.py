@@ -56,7 +56,7 @@ class Config:
 
     seed: int = 0
     threads: int = 2
-    steps: int = 140
+    steps: int = 150
     prompts: int = 32
     """Windows a step."""
     group: int = 8

@@ -42,7 +42,7 @@ class Config:
     codec: PatchVQConfig = field(default_factory=PatchVQConfig)
     base: str = ""
     """A hub name or folder of a published Janus whose codec is used as it is; empty: train one."""
-    steps: int = 1100
+    steps: int = 1200
     batch: int = 32
     lr: float = 3e-3
     commitment: float = 0.25
