@@ -1,7 +1,7 @@
 """No library of ours phones home: every switch that keeps them quiet and offline, in one place.
 
 Called before anything heavy is imported (the command line, the tests, the service). A value that the environment
-already holds wins: with ``HF_HUB_OFFLINE=0`` set, ``--set sft.generator.base=deepseek-ai/Janus-Pro-1B`` may reach a hub.
+already holds wins: with ``HF_HUB_OFFLINE=0``, ``--set sft.generator.base=deepseek-ai/Janus-Pro-1B`` may reach a hub.
 """
 
 from __future__ import annotations

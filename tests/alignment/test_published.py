@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from transformers import JanusConfig, JanusForConditionalGeneration
+
 from couturier.components.alignment import sft
 from couturier.components.data.formats import Catalogue
 from couturier.components.generator import tokenise
 from couturier.components.generator.codec import load_codec
 from couturier.components.generator.janus import GeneratorConfig, JanusGenerator
 from couturier.components.generator.tokenise import load_eyes
-from transformers import JanusConfig, JanusForConditionalGeneration
 
 from .conftest import HISTORY, context
 
