@@ -109,7 +109,10 @@ class ServedBento:
         return self.client.url
 
     def wait(self) -> int:
-        return self.process.wait()
+        # Looked at, not waited for: a library that re-arms SIGINT to restart system calls makes a wait deaf to Ctrl-C.
+        while (code := self.process.poll()) is None:
+            time.sleep(0.1)
+        return code
 
 
 @contextmanager
