@@ -8,7 +8,7 @@ Legend: U users, n pictures a user (a group), L codes a picture, I items, D judg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,7 +123,7 @@ def dissimilarity(rollout: Rollout, weights: Weights) -> Tensor:
     return distance_Unn.sum(-1) / (n - 1)
 
 
-TERMS: Mapping[str, Callable[[Rollout, Weights], Tensor]] = {
+TERMS: dict[str, Callable[[Rollout, Weights], Tensor]] = {
     "coverage": coverage,
     "prospect": prospect,
     "judge": judge,

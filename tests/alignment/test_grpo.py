@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from couturier.components.alignment import grpo, sft
+from couturier.components.alignment import grpo, rewards, sft
 from couturier.components.alignment.grpo import policy_loss
 from couturier.components.alignment.rewards import Weights, advantages
 from couturier.components.generator.janus import GeneratorConfig
@@ -93,10 +93,21 @@ def aligned(started: Path) -> tuple[Path, dict]:
     return ctx.out, ctx.facts
 
 
-def test_the_reward_rises_and_every_term_is_logged(aligned: tuple[Path, dict]) -> None:
-    curves = pl.read_parquet(aligned[0] / "curves.parquet")
+def test_a_planted_reward_is_learned(started: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Items of even index are worth one, the others nothing: half of the pictures at first, far more soon."""
+    monkeypatch.setitem(rewards.TERMS, "coverage", lambda rollout, _: (rollout.nearest_Un % 2 == 0).float())
+    only = Weights(coverage=1, prospect=0, judge=0, future=0, copying=0, validity=0, dissimilarity=0)
+    config = dataclasses.replace(CONFIG, steps=30, group=8, lr=2e-3, watch_every=30, weights=only)
+    ctx = context(started, "rl-planted", config, INPUTS)
+    grpo.run(ctx)
+    curves = pl.read_parquet(ctx.out / "curves.parquet")
     reward = curves.filter(pl.col("name") == "reward").sort("step")["value"].to_numpy()
-    assert reward[-8:].mean() > reward[:4].mean()
+    assert reward[:3].mean() < 0.65
+    assert reward[-5:].mean() > 0.8
+
+
+def test_every_term_is_logged(aligned: tuple[Path, dict]) -> None:
+    curves = pl.read_parquet(aligned[0] / "curves.parquet")
     names = set(curves["name"].unique())
     assert {f"reward_{term}" for term in Weights().of()} <= names
     assert {"kl_nats", "distinct", "copied", "zero_variance_groups", "watch_basket_precision"} <= names
