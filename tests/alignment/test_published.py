@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from transformers import JanusConfig, JanusForConditionalGeneration
 
 from couturier.components.alignment import sft
@@ -51,4 +52,4 @@ def test_the_published_layout_is_tuned_by_the_same_stages(world: Path, tmp_path:
     again = JanusGenerator.load(tuned.out / "model")
     assert again.prompts.picture_tokens == 4
     history = Catalogue.load(world / "sequences").items.height - 1
-    assert again.sample([[history]], 2, seeds=[1]).shape == (1, 2, 4)
+    assert again.sample(np.array([[history]]), 2, seeds=[1]).shape == (1, 2, 4)
