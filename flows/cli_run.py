@@ -172,9 +172,10 @@ def _show_table(proof: dict[str, Any]) -> None:
     wide = screen.width >= WIDE
     found = proof["table"]
     order = [*(name for name in ROWS if name in found), *(name for name in found if name not in ROWS)]
-    rows = [(name, *(_interval(found[name].get(metric), wide=wide) for metric in SHOWN)) for name in order]
+    shown = SHOWN if wide else tuple(metric for metric in SHOWN if metric != "sim_next")
+    rows = [(name, *(_interval(found[name].get(metric), wide=wide) for metric in shown)) for name in order]
     title = "Mean [95 % interval over users]" if wide else f"Means over users; intervals with --json or {WIDE} columns"
-    names = SHOWN if wide else ("basket", *SHOWN[1:])
+    names = shown if wide else ("basket", *shown[1:])
     screen.print(table(title, ("", *names), rows))
     if not wide:
         screen.print("basket: basket_precision, the share of pictures that are items of the true next basket")

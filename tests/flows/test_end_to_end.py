@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import sqlite3
 import time
@@ -97,6 +98,18 @@ def test_data_is_versioned_and_clean(smoke_run: SmokeRun) -> None:
     assert found["md5"] == smoke_run.record["data_md5"]
 
 
+def test_data_travels_through_a_remote(smoke_run: SmokeRun, tmp_path: Path) -> None:
+    remote, other = tmp_path / "remote", type(smoke_run.project)(folder=tmp_path / "other")
+    other.folder.mkdir()
+    assert smoke_run.project.run("data", "push", str(remote), "--json").json["files"] > 0
+    assert "Nothing to do" in smoke_run.project.run("data", "push", str(remote)).out
+    shutil.copy(smoke_run.project.folder / "data.dvc", other.folder)
+    assert other.run("data", "pull", str(remote), "--json").json["files"] > 0
+    assert "clean" in other.run("data", "status").out
+    for path in (smoke_run.project.folder / "data").iterdir():
+        assert (other.folder / "data" / path.name).read_bytes() == path.read_bytes()
+
+
 def test_validate_finds_what_retrain_left(smoke_run: SmokeRun) -> None:
     found = smoke_run.project.run("validate", "--recipe", "smoke", "--json").json
     assert found["reused"]
@@ -129,8 +142,6 @@ def test_a_second_run_reuses_everything(smoke_run: SmokeRun) -> None:
 
 def test_an_artifact_that_is_gone_is_made_again_though_prefect_knows_it(smoke_run: SmokeRun) -> None:
     """The artifact store is the truth, not Prefect's cache."""
-    import shutil
-
     artifact = smoke_run.project.workspace / "artifacts" / smoke_run.record["stages"]["sequences"]["id"]
     before = {
         path.name: path.read_bytes() for path in artifact.iterdir() if path.suffix in (".safetensors", ".parquet")
