@@ -1,9 +1,9 @@
-"""The judges by name, and the doors to them: save, load, histories from windows, calibration."""
+"""The judges by name, and the doors to them: make, save, load, histories from windows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +14,35 @@ from torch import Tensor
 from couturier.components.data.formats import Windows
 from couturier.components.errors import ConfigError, DataError, LineageError
 from couturier.components.files import read_json, write_json, written_beside
-from couturier.components.interest.attention_judge import AttentionConfig, AttentionJudge
+from couturier.components.interest.base import ContentJudge, JudgeConfig
 from couturier.components.interest.encoder import EncoderConfig, TileEncoder
+from couturier.components.interest.items import Content, FeatureConfig
+from couturier.components.interest.judges.attention import AttentionConfig, AttentionJudge
 from couturier.components.interest.types import HistoryBatch
 
-JUDGES: dict[str, type[AttentionJudge]] = {"attention": AttentionJudge}
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeSettings:
+    """The settings of every judge, each under its own name; only those of the judge in use count."""
+
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+
+    def settings_of(self, name: str) -> JudgeConfig:
+        """The settings of a judge.
+
+        Raises:
+            ConfigError: no judge of that name.
+        """
+        judge_class(name)
+        settings: JudgeConfig = vars(self)[name]
+        return settings
+
+
+JUDGES: dict[str, type[ContentJudge]] = {judge.name: judge for judge in (AttentionJudge,)}
 WEIGHTS, SETTINGS = "judge.safetensors", "judge.json"
 
 
-def judge_class(name: str) -> type[AttentionJudge]:
+def judge_class(name: str) -> type[ContentJudge]:
     """The class of a judge.
 
     Raises:
@@ -33,18 +53,29 @@ def judge_class(name: str) -> type[AttentionJudge]:
     return JUDGES[name]
 
 
-def save_judge(judge: AttentionJudge, folder: Path, *, model: str, vocabulary: Sequence[str]) -> None:
+def make_judge(name: str, config: JudgeConfig, features: FeatureConfig, content: Content) -> ContentJudge:
+    """A new judge of that name; seed torch around it (``runtime.global_seed``)."""
+    return judge_class(name)(config, features, content)
+
+
+def save_judge(judge: ContentJudge, folder: Path, *, vocabulary: Sequence[str]) -> None:
     """``judge.safetensors`` (weights, catalogue features, calibration) and ``judge.json`` (what the weights mean)."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.contiguous() for key, value in judge.state_dict().items()}
     with written_beside(folder / WEIGHTS) as beside:
         save_file(tensors, beside)
-    settings = {"model": model, "attention": asdict(judge.config), "encoder": asdict(judge.encoder.config)}
-    shapes = {name: list(tensors[name].shape) for name in ("pictures_IP", "word_ids", "word_offsets")}
-    write_json(folder / SETTINGS, {**settings, "shapes": shapes, "vocabulary": list(vocabulary)})
+    eyes = judge.items.encoder
+    settings = {
+        "model": judge.name,
+        "config": asdict(judge.settings),
+        "features": asdict(judge.items.config),
+        "eyes": asdict(eyes.config) if eyes else None,
+        "vocabulary": list(vocabulary),
+    }
+    write_json(folder / SETTINGS, settings)
 
 
-def load_judge(folder: Path) -> AttentionJudge:
+def load_judge(folder: Path) -> ContentJudge:
     """A fitted judge, frozen, in evaluation mode.
 
     Raises:
@@ -53,14 +84,16 @@ def load_judge(folder: Path) -> AttentionJudge:
     if not (folder / SETTINGS).exists():
         raise LineageError(f"no judge in {folder}: {SETTINGS} is missing. Run `couturier retrain` to fit one.")
     settings, tensors = read_json(folder / SETTINGS), load_file(folder / WEIGHTS)
-    judge = judge_class(settings["model"])(
-        AttentionConfig(**settings["attention"]),
-        TileEncoder(EncoderConfig(**settings["encoder"])),
-        tensors["pictures_IP"],
-        tensors["word_ids"],
-        tensors["word_offsets"],
-        len(settings["vocabulary"]),
+    of = judge_class(settings["model"])
+    content = Content(
+        pictures_IP=tensors["items.pictures_IP"],
+        word_ids=tensors["items.word_ids"],
+        word_offsets=tensors["items.word_offsets"],
+        vocabulary=len(settings["vocabulary"]),
+        counts_I=torch.ones(len(tensors["items.pictures_IP"])),
+        eyes=TileEncoder(EncoderConfig(**settings["eyes"])) if settings["eyes"] else None,
     )
+    judge = of(of.Config(**settings["config"]), FeatureConfig(**settings["features"]), content)
     judge.load_state_dict(tensors)
     return judge.requires_grad_(False).eval()
 
@@ -90,4 +123,6 @@ def history_items(windows: Windows, rows: np.ndarray, *, catalogue: int) -> tupl
 def history_batch(windows: Windows, rows: np.ndarray, item_features_ID: Tensor) -> HistoryBatch:
     """The histories of some windows as a judge reads them; ``item_features_ID`` from ``Judge.embed_items``."""
     items_N, age_N, weight_N, offsets = history_items(windows, rows, catalogue=item_features_ID.shape[0])
-    return HistoryBatch(features_ND=item_features_ID[items_N], age_days_N=age_N, weight_N=weight_N, offsets=offsets)
+    return HistoryBatch(
+        features_ND=item_features_ID[items_N], age_days_N=age_N, weight_N=weight_N, offsets=offsets, items_N=items_N
+    )

@@ -11,9 +11,10 @@ import pytest
 
 from couturier.components.data.formats import Catalogue, Windows
 from couturier.components.interest import fit
-from couturier.components.interest.attention_judge import AttentionConfig
 from couturier.components.interest.encoder import EncoderConfig
+from couturier.components.interest.items import FeatureConfig
 from couturier.components.interest.judge import JUDGES, load_judge
+from couturier.components.interest.judges.attention import AttentionConfig
 from couturier.components.interest.types import Judge
 from couturier.components.lineage.stages import Silent, StageContext
 from couturier.components.lineage.workspace import Workspace
@@ -24,7 +25,8 @@ ITEMS, KINDS, HISTORY = 16, 4, 6
 SMALL = fit.Config(
     threads=1,
     encoder=EncoderConfig(side=16, width=16, channels=8, steps=40, batch=32),
-    attention=AttentionConfig(heads=2, head_width=8, words=8, hidden=16),
+    attention=AttentionConfig(heads=2, head_width=8, hidden=16),
+    features=FeatureConfig(words=8),
     steps=80,
     batch=32,
     eval_every=20,

@@ -14,9 +14,10 @@ import numpy as np
 import polars as pl
 
 from couturier.components.data.formats import Catalogue, Windows
-from couturier.components.interest.attention_judge import AttentionConfig
 from couturier.components.interest.encoder import EncoderConfig
 from couturier.components.interest.fit import Config
+from couturier.components.interest.items import FeatureConfig
+from couturier.components.interest.judges.attention import AttentionConfig
 from couturier.components.lineage.stages import Progress, Silent, StageContext
 from couturier.components.lineage.workspace import Workspace
 
@@ -25,7 +26,8 @@ ITEMS = CATEGORIES * PER_CATEGORY
 QUICK = Config(
     threads=1,
     encoder=EncoderConfig(side=SIDE, width=16, channels=8, steps=80, batch=48),
-    attention=AttentionConfig(heads=2, head_width=8, words=8, hidden=16),
+    attention=AttentionConfig(heads=2, head_width=8, hidden=16),
+    features=FeatureConfig(words=8),
     steps=160,
     batch=48,
     negatives=4,

@@ -10,8 +10,8 @@ import torch
 
 from couturier.components.data.formats import Windows
 from couturier.components.errors import ConfigError
-from couturier.components.interest.attention_judge import AttentionConfig, AttentionJudge
 from couturier.components.interest.judge import history_batch, load_judge
+from couturier.components.interest.judges.attention import AttentionConfig, AttentionJudge
 from couturier.components.interest.types import HistoryBatch
 from couturier.components.lineage.stages import StageContext
 

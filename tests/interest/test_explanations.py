@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from couturier.components.interest.attention_judge import AttentionJudge
 from couturier.components.interest.judge import load_judge
+from couturier.components.interest.judges.attention import AttentionJudge
 from couturier.components.interest.types import HistoryBatch
 
 from .conftest import ITEMS, KINDS, Fitted

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from couturier.components.errors import ConfigError, DataError
-from couturier.components.interest.encoder import TileEncoder, embedded
-from couturier.components.interest.types import HistoryBatch, check_finite
+from couturier.components.interest.base import ContentJudge, JudgeConfig
+from couturier.components.interest.items import Content, FeatureConfig
+from couturier.components.interest.types import HistoryBatch
 
 _SHARPNESS = (3.0, 10.0, 30.0)  # of the likeness kernels at the start; learned
 _TIMES = 6
@@ -30,21 +30,14 @@ _EXPLAINED = 128  # history items left out at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
+class AttentionConfig(JudgeConfig):
     """Size of the attention judge."""
 
     heads: int = 4
     head_width: int = 16
     """E, the width of a head."""
-    words: int = 32
-    """W, the width of the word embedding."""
     hidden: int = 64
     """Width of the last layer but one."""
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1:
-                raise ConfigError(f"judge.attention.{name} is {value}; it must be at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,41 +51,22 @@ class AttentionState:
     gates_UTB: Tensor
     real_UT: Tensor
 
+    def __len__(self) -> int:
+        return len(self.real_UT)
 
-class AttentionJudge(nn.Module):
-    """The judge ``attention``; see the module.
 
-    Args:
-        config: sizes.
-        encoder: the judge's eyes, trained and frozen.
-        pictures_IP: what they see of the catalogue.
-        word_ids, word_offsets: jagged words of each item, as ``word_bags`` gives.
-        vocabulary: how many words there are.
-    """
+class AttentionJudge(ContentJudge):
+    """The judge ``attention``; see the module."""
 
-    def __init__(
-        self,
-        config: AttentionConfig,
-        encoder: TileEncoder,
-        pictures_IP: Tensor,
-        word_ids: Tensor,
-        word_offsets: Tensor,
-        vocabulary: int,
-    ) -> None:
-        super().__init__()
-        self.config, self.encoder = config, encoder
-        p, inner = encoder.config.width, config.heads * config.head_width
-        for name, value in (("pictures_IP", pictures_IP), ("word_ids", word_ids), ("word_offsets", word_offsets)):
-            self.register_buffer(name, value)
-        self.pictures_IP: Tensor
-        self.word_ids: Tensor
-        self.word_offsets: Tensor
-        self.register_buffer("calibration", torch.tensor([0.0, 1.0]))
-        self.calibration: Tensor
-        self.word_bag = nn.EmbeddingBag(max(1, vocabulary), config.words, mode="mean")
-        self._width = p + config.words + 1
-        self.query, self.key = nn.Linear(self._width, inner), nn.Linear(self._width, inner)
-        self.value, self.taste = nn.Linear(self._width, inner), nn.Linear(self._width, inner)
+    Config = AttentionConfig
+    name = "attention"
+
+    def __init__(self, config: AttentionConfig, features: FeatureConfig, content: Content) -> None:
+        super().__init__(config, features, content)
+        self.config = config
+        p, inner = self.items.picture_width, config.heads * config.head_width
+        self.query, self.key = nn.Linear(self.width, inner), nn.Linear(self.width, inner)
+        self.value, self.taste = nn.Linear(self.width, inner), nn.Linear(self.width, inner)
         self.times = nn.Sequential(nn.Linear(_TIMES, 16), nn.GELU(), nn.Linear(16, config.heads + len(_SHARPNESS)))
         self.look = nn.Linear(p, p)
         self.sharpness = nn.Parameter(torch.tensor(_SHARPNESS).log())
@@ -102,54 +76,14 @@ class AttentionJudge(nn.Module):
             nn.Linear(inner + likeness + 2, config.hidden), nn.GELU(), nn.Linear(config.hidden, 1)
         )
         self.shortcut = nn.Linear(likeness, 1)
+        pictures_IP = content.pictures_IP
         with torch.no_grad():
             self.look.weight.copy_(torch.eye(p))
             self.look.bias.copy_(-pictures_IP.mean(0) if len(pictures_IP) else torch.zeros(p))
             nn.init.normal_(self.nothing, std=0.1)
 
-    @property
-    def width(self) -> int:
-        """D."""
-        return self._width
-
-    def features(self, pictures_NP: Tensor, words_NW: Tensor | None = None) -> Tensor:
-        """Picture embeddings, with or without word embeddings -> features ``[N, D]``."""
-        n = len(pictures_NP)
-        if words_NW is None:
-            return torch.cat([pictures_NP, pictures_NP.new_zeros(n, self.config.words + 1)], dim=-1)
-        return torch.cat([pictures_NP, words_NW, pictures_NP.new_ones(n, 1)], dim=-1)
-
-    def words_of_items(self) -> Tensor:
-        """Word embeddings ``[I, W]`` of the catalogue; zero for an item without a known word."""
-        words: Tensor = self.word_bag(self.word_ids, self.word_offsets[:-1])
-        return words
-
-    def embed_pictures(self, rgb_N3HW: Tensor) -> Tensor:
-        """Float pictures 0..1 without words -> features ``[N, D]``.
-
-        Raises:
-            DataError: not ``[N, 3, H, W]``, or a value that is not finite.
-        """
-        if rgb_N3HW.ndim != 4 or rgb_N3HW.shape[1] != 3:
-            raise DataError(f"pictures have shape {list(rgb_N3HW.shape)}, wanted [N, 3, H, W] of floats in 0..1.")
-        check_finite("pictures", rgb_N3HW)
-        if not len(rgb_N3HW):
-            return rgb_N3HW.new_zeros(0, self._width)
-        return self.features(embedded(self.encoder, rgb_N3HW))
-
-    def embed_items(self, *, words: bool = True) -> Tensor:
-        """The catalogue -> features ``[I, D]``, with or without its words."""
-        return self.features(self.pictures_IP, self.words_of_items() if words else None)
-
-    def encode(self, history: HistoryBatch) -> AttentionState:
-        """Histories -> a state a user.
-
-        Raises:
-            DataError: shapes that do not agree or values that are not finite.
-        """
-        history.check(self._width)
-        features_UTD, age_UT, weight_UT, real_UT = history.padded()
-        return self.encode_padded(features_UTD, age_UT, weight_UT, real_UT)
+    def _encode(self, history: HistoryBatch) -> AttentionState:
+        return self.encode_padded(*history.padded())
 
     def encode_padded(self, features_UTD: Tensor, age_UT: Tensor, weight_UT: Tensor, real_UT: Tensor) -> AttentionState:
         """As ``encode``, of histories already padded; rows where ``real_UT`` is False count for nothing."""
@@ -166,18 +100,6 @@ class AttentionJudge(nn.Module):
             gates_UTB=F.softplus(timed_UTX[..., h : h + b]) * real,
             real_UT=real_UT,
         )
-
-    def score(self, state: AttentionState, candidates_UCD: Tensor) -> Tensor:
-        """Logits ``[U, C]``; higher means likelier to be taken next.
-
-        Raises:
-            DataError: a candidate of another width, for other users, or with a value that is not finite.
-        """
-        users = len(state.real_UT)
-        if candidates_UCD.ndim != 3 or candidates_UCD.shape[0] != users or candidates_UCD.shape[2] != self._width:
-            raise DataError(f"candidates have shape {list(candidates_UCD.shape)}, wanted [{users}, C, {self._width}].")
-        check_finite("candidates", candidates_UCD)
-        return self._score(state, candidates_UCD)
 
     def _score(self, state: AttentionState, candidates_UCD: Tensor) -> Tensor:
         weight_UHCT = self._attention(state, candidates_UCD)
@@ -205,7 +127,7 @@ class AttentionJudge(nn.Module):
 
     def _look(self, features_ND: Tensor) -> Tensor:
         """The picture part in the space where likeness is a cosine, of unit length."""
-        return F.normalize(self.look(features_ND[..., : self.encoder.config.width]), dim=-1)
+        return F.normalize(self.look(features_ND[..., : self.items.picture_width]), dim=-1)
 
     def _cosine(self, state: AttentionState, candidates_UCD: Tensor) -> Tensor:
         """``[U, C, T]``, 0 where padded or pointing away, so that padding is never the closest."""
@@ -265,15 +187,6 @@ class AttentionJudge(nn.Module):
         if not parts:
             return whole_UC.new_zeros(*whole_UC.shape, 0)
         return (whole_UC[..., None] - torch.cat(parts, dim=-1)).masked_fill(~state.real_UT[:, None], 0.0)
-
-    @torch.no_grad()
-    def calibrate(self, logits: Tensor) -> None:
-        """Remember mean and SD of the logits of (train user, random catalogue picture) pairs."""
-        self.calibration.copy_(torch.stack([logits.mean(), logits.std().clamp_min(1e-6)]))
-
-    def standardise(self, logits: Tensor) -> Tensor:
-        """Logits in units of the SD over (train user, random catalogue picture) pairs, 0 at their mean."""
-        return (logits - self.calibration[0]) / self.calibration[1]
 
 
 def _largest_without(values_UCT: Tensor) -> Tensor:

@@ -1,0 +1,64 @@
+"""Small layers that several judges are made of.
+
+Letters: N rows, X any leading axes, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Dice(nn.Module):
+    """Data-adaptive activation: ``p x + (1 - p) alpha x`` with ``p = sigmoid((x - mean) / sqrt(var + eps))``.
+
+    Zhou et al. 2018 (arXiv 1706.06978), equation 4; alpha a unit, 0 at first. Batch statistics in training, running
+    ones afterwards. The released code multiplies the normalised value by a learned beta of 0; the paper does not, nor
+    does this.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width, eps=1e-8, affine=False)
+        self.alpha = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x_XD: Tensor) -> Tensor:
+        flat_ND = x_XD.flatten(0, -2)
+        # One row has no spread to normalise by: it is judged by what was seen before.
+        training = self.training and len(flat_ND) > 1
+        normal_ND = nn.functional.batch_norm(
+            flat_ND, self.norm.running_mean, self.norm.running_var, training=training, momentum=0.1, eps=self.norm.eps
+        )
+        p_XD = torch.sigmoid(normal_ND).view_as(x_XD)
+        return x_XD * (p_XD + (1 - p_XD) * self.alpha)
+
+
+def mlp(widths: Sequence[int], activation: Callable[[int], nn.Module], *, dropout: float = 0.0) -> nn.Sequential:
+    """Linear layers through ``widths`` with an activation after each but the last.
+
+    Example:
+        >>> mlp([4, 8, 1], lambda width: nn.GELU())(torch.zeros(3, 4)).shape
+        torch.Size([3, 1])
+    """
+    layers: list[nn.Module] = []
+    for place, (into, out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        layers.append(nn.Linear(into, out))
+        if place < len(widths) - 2:
+            layers.append(activation(out))
+            if dropout:
+                layers.append(nn.Dropout(dropout))
+    return nn.Sequential(*layers)
+
+
+def time_bucket(age_days: Tensor, buckets: int) -> Tensor:
+    """int64 buckets of an age, finer for the recent past: hours, days, weeks, seasons; the last holds the rest.
+
+    ``floor(2 log2(1 + 24 age))``, so a bucket spans about 1.4 times the age of the one before (our choice).
+
+    Example:
+        >>> time_bucket(torch.tensor([0.0, 0.05, 1.0, 365.0]), 24).tolist()
+        [0, 2, 9, 23]
+    """
+    return (2 * torch.log2(1 + 24 * age_days.clamp_min(0))).floor().long().clamp(max=buckets - 1)
