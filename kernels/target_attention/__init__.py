@@ -1,1 +1,256 @@
-""""""
+"""Target attention: every candidate reads the history of its person, with weights that depend on the candidate.
+
+One query a row over a jagged list of behaviours, several rows (candidates) a list. Two scorers: DIN's small network
+(:func:`mlp_attention`; Zhou et al., arXiv 1706.06978) and the scaled dot product of TIN (2308.08487), DARE (2410.02604)
+and MUSE (2512.07216) (:func:`dot_attention`). Neither pads the histories. ``README.md`` beside this file has the
+derivation, the backward and the costs.
+
+Legend: U people (lists), N behaviours of all people, R rows (candidates), C candidates a person in the dense form,
+P pairs (a row and a behaviour of its list), H width of queries and keys, E width of values, F width of a hidden layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, cast, overload
+
+import torch
+from torch import Tensor
+
+from couturier.kernels import dispatch
+from couturier.kernels.checks import KernelError, check_axes, check_floats, check_index, check_offsets
+from couturier.kernels.jagged import as_lists, pair_offsets, pairs
+
+__all__ = ["Layer", "Pooling", "as_lists", "dot_attention", "mlp_attention", "pair_offsets", "pairs"]
+
+Layer = tuple[Tensor, Tensor | None]
+Pooling = Literal["din_code", "din_paper"]
+
+
+@overload
+def mlp_attention(
+    queries: Tensor,
+    keys: Tensor,
+    offsets: Tensor,
+    layers: Sequence[Layer],
+    *,
+    row_user: Tensor | None = ...,
+    values: Tensor | None = ...,
+    activations: Sequence[Callable[[Tensor], Tensor]] | None = ...,
+    pooling: Pooling = ...,
+    return_weights: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def mlp_attention(
+    queries: Tensor,
+    keys: Tensor,
+    offsets: Tensor,
+    layers: Sequence[Layer],
+    *,
+    row_user: Tensor | None = ...,
+    values: Tensor | None = ...,
+    activations: Sequence[Callable[[Tensor], Tensor]] | None = ...,
+    pooling: Pooling = ...,
+    return_weights: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def mlp_attention(
+    queries: Tensor,
+    keys: Tensor,
+    offsets: Tensor,
+    layers: Sequence[Layer],
+    *,
+    row_user: Tensor | None = None,
+    values: Tensor | None = None,
+    activations: Sequence[Callable[[Tensor], Tensor]] | None = None,
+    pooling: Pooling = "din_code",
+    return_weights: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """DIN's attention unit: a small network scores each (candidate, behaviour) pair, and the values are pooled.
+
+    ``x = [q, k, q - k, q * k]``, hidden layers, one score ``s``. ``din_code`` (the released code) pools with
+    ``softmax(s / sqrt(H))`` over the list; ``din_paper`` pools with ``s`` itself, so that strength adds up. The first
+    layer is computed in split form, ``(Wq + Wd) q + (Wk - Wd) k + Wp (q * k)`` for ``W1 = [Wq | Wk | Wd | Wp]``: the
+    same numbers without the four-fold input.
+
+    Args:
+        queries: ``[R, H]`` one row a candidate, or ``[U, C, H]`` with as many candidates for everyone.
+        keys: ``[N, H]`` behaviours of all people, one after another.
+        offsets: int64 ``[U + 1]``: person u has the behaviours ``[offsets[u], offsets[u + 1])``.
+        layers: (weight ``[out, in]``, bias ``[out]`` or None) from the first, ``[F, 4 H]``, to the last, ``[1, F]``.
+        row_user: int64 ``[R]``, the person of each row, in any order. None: row r is person r.
+        values: ``[N, E]`` what is pooled; the keys when None.
+        activations: one callable a hidden layer (PReLU, Dice), called once with all pairs ``[P, F]``, so that batch
+            statistics are those of real pairs only. None: the sigmoid of the released code, the fastest path.
+        pooling: ``din_code`` or ``din_paper``.
+        return_weights: also return the weight of every pair, ``[P]``, in the order of :func:`pairs`.
+
+    Returns:
+        ``[R, E]`` (``[U, C, E]`` for dense queries); zeros for an empty list. Differentiable (once) in every tensor.
+
+    Raises:
+        KernelError: shapes, offsets or settings that do not fit together.
+        KernelTypeError: a wrong dtype, or dtypes that differ.
+        BackendError: a backend was forced that cannot run this call.
+
+    Example:
+        >>> keys, offsets = torch.eye(4)[[0, 1, 1]], torch.tensor([0, 2, 3])
+        >>> layers = [(torch.ones(2, 16), None), (torch.ones(1, 2), None)]
+        >>> pooled, weights = mlp_attention(torch.eye(4)[:2], keys, offsets, layers, return_weights=True)
+        >>> pooled.shape, [round(one, 3) for one in weights.tolist()]
+        (torch.Size([2, 4]), [0.504, 0.496, 1.0])
+    """
+    queries_RH, row_user, values, lead = _checked(queries, keys, offsets, row_user, values)
+    _check_layers(layers, queries_RH, activations)
+    if pooling not in ("din_code", "din_paper"):
+        raise KernelError(f"pooling is {pooling!r}; wanted 'din_code' (softmax) or 'din_paper' (raw scores)")
+    run = dispatch.implementation("target_attention", keys, uncovered=_uncovered_mlp(layers, activations, keys, values))
+    pooled_RE, weights_P = run.mlp(
+        queries_RH, keys, offsets, row_user, values, layers, activations, pooling == "din_code"
+    )
+    pooled = cast(Tensor, pooled_RE).view(*lead, values.shape[1])
+    return (pooled, weights_P) if return_weights else pooled
+
+
+@overload
+def dot_attention(
+    queries: Tensor,
+    keys: Tensor,
+    offsets: Tensor,
+    *,
+    row_user: Tensor | None = ...,
+    values: Tensor | None = ...,
+    behaviour_bias: Tensor | None = ...,
+    pair_bias: Tensor | None = ...,
+    scale: float | None = ...,
+    return_weights: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def dot_attention(
+    queries: Tensor,
+    keys: Tensor,
+    offsets: Tensor,
+    *,
+    row_user: Tensor | None = ...,
+    values: Tensor | None = ...,
+    behaviour_bias: Tensor | None = ...,
+    pair_bias: Tensor | None = ...,
+    scale: float | None = ...,
+    return_weights: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def dot_attention(
+    queries: Tensor,
+    keys: Tensor,
+    offsets: Tensor,
+    *,
+    row_user: Tensor | None = None,
+    values: Tensor | None = None,
+    behaviour_bias: Tensor | None = None,
+    pair_bias: Tensor | None = None,
+    scale: float | None = None,
+    return_weights: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scaled dot-product target attention: ``softmax_j(scale q . k_j + bias) v_j`` over the person's list.
+
+    Two score parts with scales of their own (DARE's semantic and time part) are one product over concatenated,
+    pre-scaled vectors. What a search returned (MUSE, DARE) is attended over with :func:`as_lists`.
+
+    Args:
+        queries: ``[R, H]`` one row a candidate, or ``[U, C, H]`` with as many candidates for everyone.
+        keys: ``[N, H]`` behaviours of all people, one after another.
+        offsets: int64 ``[U + 1]``: person u has the behaviours ``[offsets[u], offsets[u + 1])``.
+        row_user: int64 ``[R]``, the person of each row, in any order. None: row r is person r.
+        values: ``[N, E]`` what is pooled; the keys when None.
+        behaviour_bias: ``[N]`` added to the score of a behaviour for every row (age, for instance).
+        pair_bias: ``[P]`` added to the score of a pair, in the order of :func:`pairs`.
+        scale: of the product; ``H ** -0.5`` when None.
+        return_weights: also return the weight of every pair, ``[P]``, in the order of :func:`pairs`.
+
+    Returns:
+        ``[R, E]`` (``[U, C, E]`` for dense queries); zeros for an empty list. Differentiable (once) in every tensor.
+
+    Raises:
+        KernelError: shapes, offsets or settings that do not fit together.
+        KernelTypeError: a wrong dtype, or dtypes that differ.
+        BackendError: a backend was forced that cannot run this call.
+
+    Example:
+        >>> keys, offsets = torch.eye(2)[[0, 1, 1]], torch.tensor([0, 2, 2, 3])
+        >>> dot_attention(torch.tensor([[9.0, 0.0], [1.0, 1.0], [0.0, 1.0]]), keys, offsets, scale=2.0)
+        tensor([[1.0000e+00, 1.5230e-08],
+                [0.0000e+00, 0.0000e+00],
+                [0.0000e+00, 1.0000e+00]])
+    """
+    queries_RH, row_user, values, lead = _checked(queries, keys, offsets, row_user, values)
+    check_floats(queries=queries, behaviour_bias=behaviour_bias, pair_bias=pair_bias)
+    if behaviour_bias is not None:
+        check_axes({"N": keys.shape[0]}, behaviour_bias=(behaviour_bias, "N"))
+    if pair_bias is not None:
+        check_axes({"P": int(offsets.diff()[row_user].sum())}, pair_bias=(pair_bias, "P"))
+    scale = queries.shape[-1] ** -0.5 if scale is None else scale
+    run = dispatch.implementation("target_attention", keys, uncovered=_uncovered_dot(keys, values))
+    pooled_RE, weights_P = run.dot(queries_RH, keys, offsets, row_user, values, behaviour_bias, pair_bias, scale)
+    pooled = cast(Tensor, pooled_RE).view(*lead, values.shape[1])
+    return (pooled, weights_P) if return_weights else pooled
+
+
+def _checked(
+    queries: Tensor, keys: Tensor, offsets: Tensor, row_user: Tensor | None, values: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
+    """Queries as rows, the person of each, the values, and the leading shape of the answer."""
+    values = keys if values is None else values
+    check_floats(queries=queries, keys=keys, values=values)
+    sizes = check_axes(keys=(keys, "N H"), values=(values, "N E"))
+    users = check_offsets(offsets, sizes["N"])
+    if queries.dim() == 3:
+        if row_user is not None:
+            raise KernelError("row_user goes with queries [R, H]; queries [U, C, H] say by their place whose they are")
+        dense = check_axes({"U": users, "H": sizes["H"]}, queries=(queries, "U C H"))
+        row_user = torch.arange(users, device=keys.device).repeat_interleave(dense["C"])
+        return queries.flatten(0, 1), row_user, values, (users, dense["C"])
+    rows = check_axes({"H": sizes["H"]}, queries=(queries, "R H"))["R"]
+    if row_user is None:
+        if rows != users:
+            raise KernelError(
+                f"queries [R, H] has R = {rows}, but offsets speak of U = {users} people; "
+                "pass row_user [R] to say whose each row is"
+            )
+        row_user = torch.arange(users, device=keys.device)
+    check_axes({"R": rows}, row_user=(row_user, "R"))
+    check_index(row_user, users, name="row_user", of="people")
+    return queries, row_user, values, (rows,)
+
+
+def _check_layers(
+    layers: Sequence[Layer], queries_RH: Tensor, activations: Sequence[Callable[[Tensor], Tensor]] | None
+) -> None:
+    if len(layers) < 2:
+        raise KernelError(f"layers has {len(layers)} entries; wanted a hidden layer and the scoring layer at least")
+    if activations is not None and len(activations) != len(layers) - 1:
+        raise KernelError(f"activations has {len(activations)} entries; wanted {len(layers) - 1}, one a hidden layer")
+    wide = 4 * queries_RH.shape[1]
+    for number, (weight, bias) in enumerate(layers):
+        name = f"layers[{number}].weight"
+        check_floats(queries=queries_RH, **{name: weight, f"layers[{number}].bias": bias})
+        size = {"in": wide, **({"out": 1} if number == len(layers) - 1 else {})}
+        wide = check_axes(size, **{name: (weight, "out in")})["out"]
+        if bias is not None:
+            check_axes({"out": wide}, **{f"layers[{number}].bias": (bias, "out")})
+
+
+def _uncovered_mlp(
+    layers: Sequence[Layer], activations: Sequence[Callable[[Tensor], Tensor]] | None, keys: Tensor, values: Tensor
+) -> str | None:
+    """Why the Triton kernel does not cover this call, or None."""
+    if activations is not None:
+        return "activations other than the sigmoid"
+    if len(layers) != 3:
+        return f"{len(layers) - 1} hidden layers (it has two)"
+    if max(layers[0][0].shape[0], layers[1][0].shape[0], keys.shape[1], values.shape[1]) > 128:
+        return "widths over 128"
+    return _uncovered_dot(keys, values)
+
+
+def _uncovered_dot(keys: Tensor, values: Tensor) -> str | None:
+    if max(keys.shape[1], values.shape[1]) > 256:
+        return "widths over 256"
+    return "float64" if keys.dtype == torch.float64 else None

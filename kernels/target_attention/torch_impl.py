@@ -1,0 +1,271 @@
+"""Target attention in PyTorch without padding: the path of every CPU, and of what the Triton kernels do not cover.
+
+Two steps, each with a backward of its own. *Scores* (DIN's network only) run over the flat list of pairs in pieces that
+fit the cache. *Attend* runs over nearly dense blocks of lists of one length (:mod:`couturier.kernels.jagged`), where
+the dot scores, the softmax and the pooling are batched matrix products.
+
+Legend: U lists, N behaviours, R rows, P pairs, H width of queries and keys, E of values, F of a hidden layer; inside a
+block G lists, C rows a list, L behaviours a list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+from couturier.kernels.jagged import Block, blocks, pair_offsets, pairs
+
+# Pairs in one piece of the scorer: its activations (about 1 MB at H = 128) then stay in a core's cache.
+_PIECE = 2048
+# Up to so many bytes the hidden activations are kept for the backward; beyond it they are computed again.
+_KEEP_BYTES = 1 << 26
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def mlp(
+    queries_RH: Tensor,
+    keys_NH: Tensor,
+    offsets: Tensor,
+    row_user: Tensor,
+    values_NE: Tensor,
+    layers: Sequence[tuple[Tensor, Tensor | None]],
+    activations: Sequence[Callable[[Tensor], Tensor]] | None,
+    softmax: bool,
+) -> tuple[Tensor, Tensor]:
+    """As the reference. ``activations`` None (sigmoid) takes the path in pieces; callables see all pairs at once."""
+    dtype = queries_RH.dtype
+    if dtype in _HALVES:
+        wide = [(weight.float(), None if bias is None else bias.float()) for weight, bias in layers]
+        pooled, weights = mlp(
+            queries_RH.float(), keys_NH.float(), offsets, row_user, values_NE.float(), wide, activations, softmax
+        )
+        return pooled.to(dtype), weights.to(dtype)
+    (first, first_bias), *rest = layers
+    wq, wk, wd, wp = first.chunk(4, 1)
+    # W1 [q, k, q - k, q * k] = (Wq + Wd) q + (Wk - Wd) k + Wp (q * k): one product a row, one a behaviour, one a pair.
+    from_query_RF = linear(queries_RH, wq + wd, first_bias)
+    from_key_NF = keys_NH @ (wk - wd).T
+    row_P, behaviour_P = pairs(offsets, row_user)
+    if activations is None:
+        score_P = _Scores.apply(
+            queries_RH,
+            keys_NH,
+            from_query_RF,
+            from_key_NF,
+            wp,
+            row_P,
+            behaviour_P,
+            *(one for two in rest for one in two),
+        )
+    else:
+        product_PH = queries_RH.index_select(0, row_P) * keys_NH.index_select(0, behaviour_P)
+        x = product_PH @ wp.T + from_query_RF.index_select(0, row_P) + from_key_NF.index_select(0, behaviour_P)
+        for activation, (weight, bias) in zip(activations, rest, strict=True):
+            x = linear(activation(x), weight, bias)
+        score_P = x[:, 0]
+    if softmax:
+        score_P = score_P / queries_RH.shape[1] ** 0.5
+    return _Attend.apply(None, None, values_NE, None, score_P, offsets, row_user, 1.0, softmax)
+
+
+def dot(
+    queries_RH: Tensor,
+    keys_NH: Tensor,
+    offsets: Tensor,
+    row_user: Tensor,
+    values_NE: Tensor,
+    behaviour_bias_N: Tensor | None,
+    pair_bias_P: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """As the reference."""
+    dtype = queries_RH.dtype
+    if dtype in _HALVES:
+        biases = [None if one is None else one.float() for one in (behaviour_bias_N, pair_bias_P)]
+        pooled, weights = dot(
+            queries_RH.float(), keys_NH.float(), offsets, row_user, values_NE.float(), biases[0], biases[1], scale
+        )
+        return pooled.to(dtype), weights.to(dtype)
+    return _Attend.apply(queries_RH, keys_NH, values_NE, behaviour_bias_N, pair_bias_P, offsets, row_user, scale, True)
+
+
+class _Scores(torch.autograd.Function):
+    """Scores ``[P]`` of a sigmoid network whose first layer is ``from_query + from_key + (q * k) Wp^T``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries_RH: Tensor,
+        keys_NH: Tensor,
+        from_query_RF: Tensor,
+        from_key_NF: Tensor,
+        wp_FH: Tensor,
+        row_P: Tensor,
+        behaviour_P: Tensor,
+        *rest: Tensor | None,
+    ) -> Tensor:
+        score_P = queries_RH.new_empty(row_P.numel())
+        hidden = from_query_RF.shape[1] + sum(one.shape[0] for one in rest[:-2:2] if one is not None)
+        keep = score_P.numel() * hidden * score_P.element_size() <= _KEEP_BYTES and any(ctx.needs_input_grad)
+        ctx.kept = [] if keep else None
+        for piece in _pieces(row_P.numel()):
+            row, behaviour = row_P[piece], behaviour_P[piece]
+            product = queries_RH.index_select(0, row).mul_(keys_NH.index_select(0, behaviour))
+            hiddens = _hiddens(product, row, behaviour, from_query_RF, from_key_NF, wp_FH, rest)
+            _linear(hiddens[-1], rest[-2], rest[-1], out=score_P[piece][:, None])
+            if ctx.kept is not None:
+                ctx.kept.append(hiddens)
+        ctx.save_for_backward(queries_RH, keys_NH, from_query_RF, from_key_NF, wp_FH, row_P, behaviour_P, *rest)
+        return score_P
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor | None, ...]:
+        queries_RH, keys_NH, from_query_RF, from_key_NF, wp_FH, row_P, behaviour_P, *rest = ctx.saved_tensors
+        grads = [torch.zeros_like(one) for one in (queries_RH, keys_NH, from_query_RF, from_key_NF, wp_FH)]
+        d_q, d_k, d_fq, d_fk, d_wp = grads
+        d_rest = [None if one is None else torch.zeros_like(one) for one in rest]
+        for number, piece in enumerate(_pieces(row_P.numel())):
+            row, behaviour = row_P[piece], behaviour_P[piece]
+            q, k = queries_RH.index_select(0, row), keys_NH.index_select(0, behaviour)
+            product = q * k
+            hiddens = (
+                _hiddens(product, row, behaviour, from_query_RF, from_key_NF, wp_FH, rest)
+                if ctx.kept is None
+                else ctx.kept[number]
+            )
+            d_out = grad_P[piece][:, None]
+            for place in range(len(rest) - 2, -2, -2):
+                hidden = hiddens[place // 2]
+                d_weight, d_bias = d_rest[place], d_rest[place + 1]
+                d_weight.addmm_(d_out.T, hidden)
+                if d_bias is not None:
+                    d_bias += d_out.sum(0)
+                d_out = torch.ops.aten.sigmoid_backward(d_out @ rest[place], hidden)
+            d_wp.addmm_(d_out.T, product)
+            d_product = d_out @ wp_FH
+            d_fq.index_add_(0, row, d_out)
+            d_fk.index_add_(0, behaviour, d_out)
+            d_q.index_add_(0, row, k.mul_(d_product))
+            d_k.index_add_(0, behaviour, q.mul_(d_product))
+        return (*grads, None, None, *d_rest)
+
+
+def _pieces(total: int) -> Iterator[slice]:
+    return (slice(at, min(at + _PIECE, total)) for at in range(0, total, _PIECE))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    return torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)
+
+
+def _hiddens(
+    product: Tensor,
+    row: Tensor,
+    behaviour: Tensor,
+    from_query_RF: Tensor,
+    from_key_NF: Tensor,
+    wp_FH: Tensor,
+    rest: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """The activations of every hidden layer of one piece."""
+    x = from_query_RF.index_select(0, row).add_(from_key_NF.index_select(0, behaviour))
+    out = [x.addmm_(product, wp_FH.T).sigmoid_()]
+    for place in range(0, len(rest) - 2, 2):
+        weight = rest[place]
+        assert weight is not None
+        out.append(_linear(out[-1], weight, rest[place + 1]).sigmoid_())
+    return out
+
+
+class _Attend(torch.autograd.Function):
+    """Scores (given a pair, or scale q . k, plus biases), softmax if asked, and the weighted sum of the values."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries_RH: Tensor | None,
+        keys_NH: Tensor | None,
+        values_NE: Tensor,
+        behaviour_bias_N: Tensor | None,
+        score_P: Tensor | None,
+        offsets: Tensor,
+        row_user: Tensor,
+        scale: float,
+        softmax: bool,
+    ) -> tuple[Tensor, Tensor]:
+        starts = pair_offsets(offsets, row_user)
+        width = values_NE.shape[1] + (0 if keys_NH is None else keys_NH.shape[1])
+        plan = blocks(offsets, row_user, width=width)
+        pooled_RE = values_NE.new_zeros(row_user.numel(), values_NE.shape[1])
+        weight_P = values_NE.new_zeros(int(starts[-1]))
+        kept: list[Tensor] = []
+        for block in plan:
+            pair_places = block.pairs(starts)
+            weight = _scores(block, queries_RH, keys_NH, behaviour_bias_N, scale)
+            if score_P is not None:
+                given = pair_places.take(score_P)
+                weight = given.clone() if weight is None else weight.add_(given)
+            assert weight is not None
+            if block.behaviours.pad is not None:
+                weight.masked_fill_(block.behaviours.pad[:, None], float("-inf") if softmax else 0.0)
+            if softmax:
+                weight = weight.softmax(-1)
+            block.rows.put(pooled_RE, torch.bmm(weight, block.behaviours.take(values_NE)))
+            pair_places.put(weight_P, weight)
+            kept.append(weight)
+        ctx.save_for_backward(queries_RH, keys_NH, values_NE, *kept)
+        ctx.plan, ctx.starts, ctx.scale, ctx.softmax, ctx.pairs = plan, starts, scale, softmax, weight_P.numel()
+        ctx.set_materialize_grads(False)
+        return pooled_RE, weight_P
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RE: Tensor | None, grad_P: Tensor | None) -> tuple[Tensor | None, ...]:
+        queries_RH, keys_NH, values_NE, *kept = ctx.saved_tensors
+        want_q, want_k, want_v, want_b, want_p, *_ = ctx.needs_input_grad
+        d_q = torch.zeros_like(queries_RH) if want_q else None
+        d_k = torch.zeros_like(keys_NH) if want_k else None
+        d_v = torch.zeros_like(values_NE) if want_v else None
+        d_b = values_NE.new_zeros(values_NE.shape[0]) if want_b else None
+        d_p = values_NE.new_zeros(ctx.pairs) if want_p else None
+        for block, weight in zip(ctx.plan, kept, strict=True):
+            d_weight = torch.zeros_like(weight)
+            if grad_RE is not None:
+                g = block.rows.without_padding(block.rows.take(grad_RE))
+                if d_v is not None:
+                    block.behaviours.add(d_v, torch.bmm(weight.transpose(1, 2), g))
+                d_weight = torch.bmm(g, block.behaviours.take(values_NE).transpose(1, 2))
+            pair_places = block.pairs(ctx.starts)
+            if grad_P is not None:
+                d_weight = d_weight + pair_places.without_padding(pair_places.take(grad_P))
+            if ctx.softmax:
+                d_score = weight * (d_weight - (weight * d_weight).sum(-1, keepdim=True))
+            else:
+                d_score = pair_places.without_padding(d_weight)
+            if d_p is not None:
+                pair_places.add(d_p, d_score)
+            if d_b is not None:
+                block.behaviours.add(d_b, d_score.sum(1))
+            if d_q is not None:
+                block.rows.add(d_q, torch.bmm(d_score, block.behaviours.take(keys_NH)).mul_(ctx.scale))
+            if d_k is not None:
+                d_scaled = torch.bmm(d_score.transpose(1, 2), block.rows.take(queries_RH)).mul_(ctx.scale)
+                block.behaviours.add(d_k, d_scaled)
+        return d_q, d_k, d_v, d_b, d_p, None, None, None, None
+
+
+def _scores(
+    block: Block, queries_RH: Tensor | None, keys_NH: Tensor | None, behaviour_bias_N: Tensor | None, scale: float
+) -> Tensor | None:
+    """scale q . k + the bias of the behaviour, ``[G, C, L]``; None when scores are given from outside."""
+    if queries_RH is None or keys_NH is None:
+        return None
+    score = torch.bmm(block.rows.take(queries_RH), block.behaviours.take(keys_NH).transpose(1, 2)).mul_(scale)
+    return score if behaviour_bias_N is None else score.add_(block.behaviours.take(behaviour_bias_N)[:, None])
