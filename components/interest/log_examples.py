@@ -27,7 +27,7 @@ from couturier.components.interest.window_examples import share_of
 from couturier.components.runtime import seeded_numpy
 
 _DAY_S = 86_400.0
-_NOTHING = "no user has two events before the last {holdout}, so there is nothing to learn from; add events or lower log.holdout."
+_NOTHING = "no user has two events before the last {holdout}: nothing to learn from. Add events or lower log.holdout."
 
 
 @dataclass(frozen=True, kw_only=True)

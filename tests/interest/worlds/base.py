@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+
 from couturier.components.interest.log import Log, write_log
 
 
