@@ -10,6 +10,7 @@ Letters: W windows, U windows of a step, C candidates, I items, A views, P pictu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -179,5 +180,5 @@ class _Fitter:
         gauc, step = self.best
         return out | seen | {"best_step": step, "valid_gauc": round(gauc, 5)}
 
-    def _log(self, values: dict[str, float], step: int) -> None:
+    def _log(self, values: Mapping[str, float], step: int) -> None:
         self.ctx.tracker.metrics(values, step=step)

@@ -131,7 +131,7 @@ def write_log(events: Path, item_ids: Sequence[str], folder: Path, *, rows_per_s
     parts.mkdir()
     try:
         _partition(events, users, known, kinds, parts)
-        shards = int(users["shard"].max() or 0) + 1  # type: ignore[arg-type,operator]
+        shards = int(users["shard"].max() or 0) + 1  # type: ignore[arg-type]
         _join(parts, shards, folder / LOG)
     finally:
         shutil.rmtree(parts, ignore_errors=True)

@@ -6,7 +6,7 @@ The same loop as the ``judge`` stage, fed by events instead of windows; ``coutur
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -71,7 +71,7 @@ def fit_log(
     *,
     scratch: Path | None = None,
     progress: Progress | None = None,
-    log_values: Callable[[dict[str, float], int], None] = lambda values, step: None,
+    log_values: Callable[[Mapping[str, float], int], None] = lambda values, step: None,
 ) -> LogFit:
     """Fit ``config.model``; ``scratch`` holds checkpoints, from which a killed fit goes on to the same bits.
 

@@ -12,7 +12,7 @@ as one process, for every loss that is a mean over users.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -95,7 +95,7 @@ class FitLoop:
         checkpoints: Checkpoints | None = None,
         first: int = 0,
         progress: Progress | None = None,
-        log: Callable[[dict[str, float], int], None] = lambda values, step: None,
+        log: Callable[[Mapping[str, float], int], None] = lambda values, step: None,
     ) -> None:
         self.judge, self.examples, self.validate, self.config = judge, examples, validate, config
         self.checkpoints, self.first, self.progress, self.log = checkpoints, first, progress or Silent(), log
@@ -103,7 +103,9 @@ class FitLoop:
         self.trained = trained
         # An identity that is not in the batch must not shrink: no decay there.
         rows = [value for name, value in judge.named_parameters() if value.requires_grad and name.endswith(_UNDECAYED)]
-        groups = [{"params": [value for value in trained if all(value is not row for row in rows)]}]
+        groups: list[dict[str, Any]] = [
+            {"params": [value for value in trained if all(value is not row for row in rows)]}
+        ]
         groups += [{"params": rows, "weight_decay": 0.0}] if rows else []
         self.optimiser = torch.optim.AdamW(
             groups, lr=1e-3, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True

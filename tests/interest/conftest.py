@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from couturier.components.lineage.workspace import Workspace
 from . import planted
 
 ITEMS, KINDS, HISTORY = 16, 4, 6
+StageOf = Callable[[str], StageContext]
 SMALL = fit.Config(
     threads=1,
     encoder=EncoderConfig(side=16, width=16, channels=8, steps=40, batch=32),
@@ -128,14 +131,23 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> planted.World:
     return planted.plant(tmp_path_factory.mktemp("planted"))
 
 
+@pytest.fixture(scope="session")
+def stage_of(world: planted.World, tmp_path_factory: pytest.TempPathFactory) -> StageOf:
+    """The judge stage after it ran on that world, by the judge's name; each runs once."""
+
+    @cache
+    def finish(name: str) -> StageContext:
+        context = planted.context(world, tmp_path_factory.mktemp(name), replace(planted.QUICK, model=name))
+        fit.run(context)
+        return context
+
+    return finish
+
+
 @pytest.fixture(scope="session", params=sorted(JUDGES))
-def finished(
-    request: pytest.FixtureRequest, world: planted.World, tmp_path_factory: pytest.TempPathFactory
-) -> StageContext:
+def finished(request: pytest.FixtureRequest, stage_of: StageOf) -> StageContext:
     """The judge stage after it ran on that world, once for every kind of judge."""
-    context = planted.context(world, tmp_path_factory.mktemp("stage"), replace(planted.QUICK, model=request.param))
-    fit.run(context)
-    return context
+    return stage_of(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -13,16 +13,18 @@ from couturier.components.errors import ConfigError
 from couturier.components.interest.judge import history_batch, load_judge
 from couturier.components.interest.judges.attention import AttentionConfig, AttentionJudge
 from couturier.components.interest.types import HistoryBatch
-from couturier.components.lineage.stages import StageContext
 
+from .conftest import StageOf
 from .planted import CATEGORIES, PER_CATEGORY, World, category_of
 
 HALF = 4  # the first half of a planted history is new and liked, the second old and no longer liked
 
 
 @pytest.fixture(scope="module")
-def attention(finished: StageContext) -> AttentionJudge:
-    return load_judge(finished.out / "judge")
+def attention(stage_of: StageOf) -> AttentionJudge:
+    judge = load_judge(stage_of("attention").out / "judge")
+    assert isinstance(judge, AttentionJudge)
+    return judge
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,9 @@ from .conftest import ITEMS, KINDS, Fitted
 
 @pytest.fixture(scope="module")
 def judge(fitted: Fitted) -> AttentionJudge:
-    return load_judge(fitted.folder)
+    judge = load_judge(fitted.folder)
+    assert isinstance(judge, AttentionJudge)
+    return judge
 
 
 def lived(judge: AttentionJudge, *histories: list[int]) -> HistoryBatch:

@@ -67,6 +67,8 @@ def test_goes_on_after_a_kill_to_the_same_bits(
 ) -> None:
     """While the eyes are trained, as they open, and while the judge is fitted."""
     config = replace(QUICK, model=finished.config.model)
+    if after < 130 and config.model != "attention":
+        pytest.skip("the eyes are the same for every judge")
     with pytest.raises(Killed):
         fit.run(context(world, tmp_path, config, progress=PullsThePlug(after)))
     again = context(world, tmp_path, config)
