@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from couturier.components.errors import ConfigError, DataError
 from couturier.components.interest.items import Content, FeatureConfig, ItemFeatures
+from couturier.components.interest.transitions import Transitions
 from couturier.components.interest.types import HistoryBatch, TrainBatch, check_finite
 
 _REPLAYED = 4096  # history rows encoded at a time when explaining
@@ -51,6 +52,10 @@ class ContentJudge(nn.Module, ABC):
     name: ClassVar[str]
     every_position: ClassVar[bool] = False
     """Whether the loss learns from every place of the history (a sequence model), not from the candidates alone."""
+    wants_transitions: ClassVar[bool] = False
+    """Whether the loss learns from ``transitions``; then a fit counts them in its training data before it begins."""
+    transitions: Transitions | None = None
+    """What followed what in the training data; not needed to score, so not saved."""
 
     def __init__(self, config: JudgeConfig, features: FeatureConfig, content: Content) -> None:
         super().__init__()

@@ -34,6 +34,7 @@ from couturier.components.interest.judge import (
 from couturier.components.interest.loop import FitLoop, LoopConfig
 from couturier.components.interest.metrics import Popularity, trial, user_auc
 from couturier.components.interest.proof import prove, scores_of
+from couturier.components.interest.transitions import window_transitions
 from couturier.components.interest.window_examples import WindowConfig, WindowExamples
 from couturier.components.lineage.checkpoints import Checkpoints
 from couturier.components.lineage.stages import StageContext
@@ -157,7 +158,10 @@ class _Fitter:
         config = self.config
         content = content_of(self.catalogue, config.vocabulary, views_IAP[:, 0].contiguous(), encoder)
         with global_seed(config.seed, "judge", "model"):
-            return make_judge(config.model, config.settings_of(config.model), config.features, content)
+            judge = make_judge(config.model, config.settings_of(config.model), config.features, content)
+        if judge.wants_transitions:
+            judge.transitions = window_transitions(self.windows["train"], items=len(self.catalogue))
+        return judge
 
     def _valid_gauc(self, judge: ContentJudge) -> float:
         valid = self.windows["valid"]

@@ -20,8 +20,8 @@ import torch
 from couturier.components.errors import ConfigError, DataError
 from couturier.components.interest.base import ContentJudge
 from couturier.components.interest.log import Log, Shard
-from couturier.components.interest.loop import rank, world
 from couturier.components.interest.sampling import Kind, Negatives
+from couturier.components.interest.together import rank, world
 from couturier.components.interest.types import HistoryBatch, TrainBatch
 from couturier.components.interest.window_examples import share_of
 from couturier.components.runtime import seeded_numpy

@@ -22,6 +22,7 @@ from couturier.components.interest.log import Log
 from couturier.components.interest.log_examples import LogConfig, LogExamples
 from couturier.components.interest.loop import FitLoop, LoopConfig
 from couturier.components.interest.sampling import Negatives
+from couturier.components.interest.transitions import log_transitions
 from couturier.components.lineage.checkpoints import Checkpoints
 from couturier.components.lineage.stages import Progress, Silent
 from couturier.components.runtime import global_seed, threads
@@ -84,6 +85,8 @@ def fit_log(
     with threads(config.threads):
         with global_seed(config.seed, "judge", "model"):
             judge = make_judge(config.model, config.settings_of(config.model), features, content)
+        if of.wants_transitions:
+            judge.transitions = log_transitions(log, holdout=config.holdout)
         examples = LogExamples(config, log, pieces=of.every_position, seed=config.seed)
         loop = FitLoop(
             judge,

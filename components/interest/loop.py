@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from couturier.components.errors import ConfigError, TrainingError
 from couturier.components.interest.base import ContentJudge
+from couturier.components.interest.together import average_gradients, from_first, rank, world
 from couturier.components.interest.types import TrainBatch
 from couturier.components.lineage.checkpoints import (
     Checkpoints,
@@ -140,7 +141,8 @@ class FitLoop:
         config, done = self.config, self.step - self.first
         one_cycle(self.optimiser, done, config.steps, config.learning_rate)
         batch = self.examples.batch(self.judge.train(), self.step)
-        noise = seeded(config.seed, "judge", "loss", str(self.step))
+        own = [f"process {rank()}"] if world() > 1 else []
+        noise = seeded(config.seed, "judge", "loss", str(self.step), *own)
         device = self.judge.calibration.device.type
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
             loss, parts = self.judge.loss(batch, noise)
@@ -163,7 +165,7 @@ class FitLoop:
         return value
 
     def _look(self) -> None:
-        found = self.validate(self.judge.eval())
+        found = from_first(lambda: self.validate(self.judge.eval()))
         self._log({"valid_gauc": found})
         if math.isnan(found) or found > self.best_figure:
             self.best_figure, self.best_step = (self.best_figure if math.isnan(found) else found), self.step + 1
@@ -207,25 +209,3 @@ def one_cycle(optimiser: torch.optim.Optimizer, done: int, total: int, peak: flo
     rate = peak * ((done + 1) / rise if done < rise else 0.5 * (1 + math.cos(math.pi * share)))
     for group in optimiser.param_groups:
         group["lr"] = rate
-
-
-def rank() -> int:
-    """This process's number under ``torchrun``; 0 alone."""
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
-
-
-def world() -> int:
-    """How many processes fit together; 1 alone."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Average gradients over processes in one message; nothing to do alone."""
-    if world() == 1:
-        return
-    grads = [value.grad if value.grad is not None else torch.zeros_like(value) for value in parameters]
-    flat = torch.cat([grad.flatten() for grad in grads])
-    distributed.all_reduce(flat)
-    flat /= world()
-    for value, part in zip(parameters, flat.split([value.numel() for value in parameters]), strict=True):
-        value.grad = part.view_as(value)

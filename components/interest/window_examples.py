@@ -17,8 +17,8 @@ from couturier.components.data.formats import Windows
 from couturier.components.errors import ConfigError
 from couturier.components.interest.base import ContentJudge
 from couturier.components.interest.judge import history_batch
-from couturier.components.interest.loop import rank, world
 from couturier.components.interest.metrics import Baskets, Popularity, negatives
+from couturier.components.interest.together import rank, world
 from couturier.components.interest.types import HistoryBatch, TrainBatch
 from couturier.components.runtime import seeded, seeded_numpy
 
@@ -105,10 +105,13 @@ class WindowExamples:
 
 
 def share_of(batch: TrainBatch, part: int, parts: int) -> TrainBatch:
-    """Every ``parts``-th user of a batch, from ``part`` on; the batch itself where there is one part."""
+    """Every ``parts``-th user of a batch, from ``part`` on; the batch itself where there is one part.
+
+    Shares are equal, so that processes' means can be averaged: what does not divide by ``parts`` is left out.
+    """
     if parts == 1:
         return batch
-    users = torch.arange(part, len(batch.history), parts)
+    users = torch.arange(part, len(batch.history) // parts * parts, parts)
     lengths = batch.history.lengths[users]
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     owner = torch.repeat_interleave(torch.arange(len(users)), lengths)
