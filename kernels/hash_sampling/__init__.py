@@ -11,6 +11,8 @@ G groups (hash rounds), b bits of a signature.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
 
@@ -68,9 +70,9 @@ def signatures(x_Nd: Tensor, planes_dGb: Tensor) -> Tensor:
         [[3], [2]]
     """
     _check_planes(planes_dGb, x_Nd, "x")
-    return dispatch.implementation("hash_sampling", x_Nd, uncovered=_uncovered(planes_dGb, x_Nd)).signatures(
-        x_Nd, planes_dGb
-    )
+    run = dispatch.implementation("hash_sampling", x_Nd, uncovered=_uncovered(planes_dGb, x_Nd))
+    with _full_width(x_Nd):
+        return run.signatures(x_Nd, planes_dGb)
 
 
 def bucket_table(
@@ -102,7 +104,8 @@ def bucket_table(
     _check_behaviours(behaviours_Nd, values_Ne, offsets, planes_dGb)
     uncovered = _uncovered(planes_dGb, behaviours_Nd, values_Ne)
     run = dispatch.implementation("hash_sampling", behaviours_Nd, uncovered=uncovered)
-    return run.bucket_table(behaviours_Nd, values_Ne, offsets, planes_dGb)
+    with _full_width(behaviours_Nd):
+        return run.bucket_table(behaviours_Nd, values_Ne, offsets, planes_dGb)
 
 
 def append(
@@ -166,7 +169,8 @@ def lookup(table: Tensor, candidates_Rd: Tensor, planes_dGb: Tensor, *, row_user
     row_user = _rows(row_user, candidates_Rd, table.shape[0])
     uncovered = _uncovered(planes_dGb, candidates_Rd, table)
     run = dispatch.implementation("hash_sampling", candidates_Rd, uncovered=uncovered)
-    return run.lookup(table, candidates_Rd, planes_dGb, row_user)
+    with _full_width(candidates_Rd):
+        return run.lookup(table, candidates_Rd, planes_dGb, row_user)
 
 
 def hash_sampling(
@@ -203,7 +207,8 @@ def hash_sampling(
     row_user = _rows(row_user, candidates_Rd, users)
     uncovered = _uncovered(planes_dGb, behaviours_Nd, values_Ne)
     run = dispatch.implementation("hash_sampling", behaviours_Nd, uncovered=uncovered)
-    return run.hash_sampling(candidates_Rd, behaviours_Nd, values_Ne, offsets, planes_dGb, row_user)
+    with _full_width(behaviours_Nd):
+        return run.hash_sampling(candidates_Rd, behaviours_Nd, values_Ne, offsets, planes_dGb, row_user)
 
 
 def _check_planes(planes_dGb: Tensor, x_Nd: Tensor, name: str) -> None:
@@ -232,6 +237,11 @@ def _rows(row_user: Tensor | None, candidates_Rd: Tensor, users: int) -> Tensor:
     check_axes({"R": rows}, row_user=(row_user, "R"))
     check_index(row_user, users, name="row_user", of="the users of the table")
     return row_user
+
+
+def _full_width(x: Tensor) -> AbstractContextManager[object]:
+    """No automatic casting inside: a signature must be the same in training and in serving."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _uncovered(planes_dGb: Tensor, *rows: Tensor) -> str | None:

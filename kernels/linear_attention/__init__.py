@@ -85,7 +85,9 @@ def linear_attention(
         offsets = torch.arange(sequences + 1, device=q.device) * sizes.get("T", 0)
     rows = [x.reshape(-1, *x.shape[-2:]) for x in (q, k, v)]
     run = dispatch.implementation("linear_attention", q, uncovered=_uncovered(sizes, q))
-    out, state = run.linear_attention(*rows, slopes_H.to(wide), initial_state, offsets, length, chunk)
+    # The products are in float32 for the sake of the state; automatic casting would undo that.
+    with torch.autocast(q.device.type, enabled=False):
+        out, state = run.linear_attention(*rows, slopes_H.to(wide), initial_state, offsets, length, chunk)
     return out.view(v.shape), state
 
 

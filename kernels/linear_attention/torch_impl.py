@@ -200,6 +200,11 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_nCHE: Tensor, final_UHDE: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(g_nCHE.device.type, enabled=False):
+            return _Chunked._backward(ctx, g_nCHE, final_UHDE)
+
+    @staticmethod
+    def _backward(ctx: Any, g_nCHE: Tensor, final_UHDE: Tensor) -> tuple[Tensor | None, ...]:
         q_nCHD, k_nCHD, v_nCHE, slopes_H, before = ctx.saved_tensors
         plan: _Plan = ctx.plan
         heads = slopes_H.numel()
