@@ -182,7 +182,9 @@ class JanusGenerator(nn.Module):
             # Placeholders of one picture follow one another: the i-th of a run takes the i-th feature token.
             nth = (places.long().cumsum(1) - 1)[places] % self.prompts.picture_tokens
             x_UPD = x_UPD.clone()
-            x_UPD[places] = aligned[where, nth].to(x_UPD.dtype)
+            # A look-up, not advanced indexing: the gradient of the latter adds up in no fixed order on several threads.
+            picked = F.embedding(where * aligned.shape[1] + nth, aligned.flatten(0, 1))
+            x_UPD[places] = picked.to(x_UPD.dtype)
         return x_UPD
 
     def embed_codes(self, codes: Tensor) -> Tensor:
@@ -235,6 +237,7 @@ class JanusGenerator(nn.Module):
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        spread: bool = True,
     ) -> Tensor:
         """Draw ``n`` pictures a user: codes int64 ``[U, n, L]``.
 
@@ -244,8 +247,10 @@ class JanusGenerator(nn.Module):
             guidance: 1 is plain conditional sampling, 0 unconditional, above 1 leans on the history (1.5).
             temperature: 0 takes the likeliest code each time.
             top_k, top_p: keep the likeliest codes only (0 and 1: keep all).
+            spread: a user's samples are spread evenly over the distribution, so that they repeat each other less; each
+                alone is distributed as independent ones are.
         """
-        settings = SamplerSettings(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+        settings = SamplerSettings(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, spread=spread)
         return sample_codes(self, self.prompts.build(favourites_UK), n, seeds=seeds, settings=settings)
 
     def save(self, folder: Path) -> None:

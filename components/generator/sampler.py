@@ -4,7 +4,9 @@ The prompt runs once a user through transformers' own language model; its keys a
 shared by that user's samples (:mod:`couturier.kernels.shared_prefix`). Every further code is one light step over all
 samples of all users. Guidance runs a second, unconditional set of prompts beside the first.
 
-Random numbers are drawn up front, a stream a user, so a user's pictures do not depend on who else is in the batch.
+Random numbers are drawn up front, a stream a user, so a user's pictures do not depend on who else is in the batch. The
+samples of one user are spread evenly over the distribution (arithmetic sampling, Vilnis et al., arXiv 2210.15458): each
+picture alone is distributed as before, but together they repeat each other less than independent ones.
 
 Legend: U users, n samples, L codes, K codebook, P prompt tokens, D width, H heads, G key/value heads, d head width.
 """
@@ -34,6 +36,8 @@ class SamplerSettings:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    spread: bool = True
+    """Evenly spaced points of one random offset for a user's samples, instead of independent ones."""
 
     def __post_init__(self) -> None:
         if not (self.temperature >= 0 and self.guidance >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
@@ -54,6 +58,7 @@ def sample_codes(
     if n < 1:
         raise ConfigError(f"n is {n}; ask for at least one picture.")
     uniforms_UnL = torch.stack([torch.rand(n, length, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    points = _Points(uniforms_UnL, spread=settings.spread)
     plain, free = settings.guidance == 1.0, settings.guidance == 0.0
     branches = []
     if not free:
@@ -64,15 +69,52 @@ def sample_codes(
     logits = [branch.first_logits() for branch in branches]
     for t in range(length):
         mixed = logits[0] if len(logits) == 1 else logits[1] + settings.guidance * (logits[0] - logits[1])
-        codes[:, :, t] = _draw(mixed.float(), uniforms_UnL[:, :, t], settings)
+        codes[:, :, t] = _draw(mixed.float(), points, settings)
         if t + 1 < length:
             x_UnD = generator.embed_codes(codes[:, :, t])
             logits = [branch.step(x_UnD) for branch in branches]
     return codes
 
 
-def _draw(logits_UnK: Tensor, uniform_Un: Tensor, settings: SamplerSettings) -> Tensor:
-    """One code a sample by inverting the cumulative distribution at a given uniform number."""
+class _Points:
+    """The number in [0, 1) that decides each sample's next code.
+
+    Independent: a fresh one every time. Spread: a sample's point is (u + k / n) mod 1 with one u a user; the code that
+    it falls on takes up an interval of the distribution, and where in that interval it lies decides the code after it,
+    as an arithmetic decoder reads a message. Each choice uses up bits of the point; after 30, fresh numbers follow.
+    """
+
+    def __init__(self, uniforms_UnL: Tensor, *, spread: bool) -> None:
+        self.fresh_UnL, self.spread, self.t = uniforms_UnL.double(), spread, 0
+        n = uniforms_UnL.shape[1]
+        self.point_Un = self.fresh_UnL[:, :, 0]
+        if spread:
+            # Two numbers of 24 random bits make one of 48.
+            offset_U1 = self.fresh_UnL[:, :1, 0] + self.fresh_UnL[:, :1, -1] * 2**-24
+            self.point_Un = (offset_U1 + torch.arange(n, dtype=torch.float64) / n) % 1
+        self.left_Un = torch.ones_like(self.point_Un)
+
+    def choose(self, p_UnK: Tensor) -> Tensor:
+        """Codes ``[U, n]`` by inverting the cumulative distribution at each point; moves on to the next code."""
+        cumulative = p_UnK.double().cumsum(-1)
+        total = cumulative[..., -1:]
+        at = self.point_Un[..., None] * total
+        codes = torch.searchsorted(cumulative, at, right=True).clamp_max(p_UnK.shape[-1] - 1)
+        self.t += 1
+        if self.t < self.fresh_UnL.shape[-1]:
+            fresh = self.fresh_UnL[:, :, self.t]
+            if self.spread:
+                p = p_UnK.double().gather(-1, codes)
+                inside = ((at - cumulative.gather(-1, codes) + p) / p.clamp_min(1e-300))[..., 0].clamp(0, 1 - 2**-53)
+                self.left_Un = self.left_Un * (p / total)[..., 0]
+                self.point_Un = torch.where(self.left_Un > 2**-30, inside, fresh)
+            else:
+                self.point_Un = fresh
+        return codes[..., 0]
+
+
+def _draw(logits_UnK: Tensor, points: _Points, settings: SamplerSettings) -> Tensor:
+    """One code a sample."""
     if settings.temperature == 0:
         return logits_UnK.argmax(-1)
     logits = logits_UnK / settings.temperature
@@ -84,9 +126,7 @@ def _draw(logits_UnK: Tensor, uniform_Un: Tensor, settings: SamplerSettings) -> 
         ordered, index = p.sort(-1, descending=True)
         beyond = ordered.cumsum(-1) - ordered >= settings.top_p
         p = torch.zeros_like(p).scatter(-1, index, ordered.masked_fill(beyond, 0))
-    cumulative = p.cumsum(-1)
-    point = uniform_Un[..., None] * cumulative[..., -1:]
-    return torch.searchsorted(cumulative, point, right=True)[..., 0].clamp_max(p.shape[-1] - 1)
+    return points.choose(p)
 
 
 class _Branch:

@@ -8,6 +8,7 @@ import torch
 
 from couturier.components.errors import ConfigError
 from couturier.components.generator.janus import JanusGenerator
+from couturier.components.generator.sampler import _Points
 
 
 def test_greedy_codes_are_the_argmax_of_the_teacher_forced_pass(
@@ -18,16 +19,61 @@ def test_greedy_codes_are_the_argmax_of_the_teacher_forced_pass(
     assert torch.equal(logits.argmax(-1), codes)
 
 
-def test_samples_follow_the_models_distribution(generator: JanusGenerator, histories: np.ndarray) -> None:
+@pytest.mark.parametrize("spread", [False, True])
+def test_samples_follow_the_models_distribution(generator: JanusGenerator, histories: np.ndarray, spread: bool) -> None:
     """First codes of many samples against the softmax, by a chi-square statistic."""
     n = 4000
-    first = generator.sample(histories[:1], n, seeds=[7])[0, :, 0]
+    first = generator.sample(histories[:1], n, seeds=[7], spread=spread)[0, :, 0]
     zero = torch.zeros(1, 1, 4, dtype=torch.long)
     p = generator.logits(generator.prompts.build(histories[:1]), zero)[0, 0, 0].softmax(-1)
     seen = torch.bincount(first, minlength=24)
     big = p * n >= 5
     chi = ((seen - p * n).square() / (p * n))[big].sum()
     assert chi < 60  # 23 degrees of freedom: 99.99 % quantile is 55
+
+
+def test_every_single_spread_sample_follows_the_models_distribution(
+    generator: JanusGenerator, histories: np.ndarray
+) -> None:
+    """The second of two spread pictures over many seeds: its first code, and its last code after that."""
+    users = 1500
+    codes = generator.sample(histories[:1].repeat(users, 0), 2, seeds=list(range(users)))[:, 1]
+    likeliest = codes[:, 0].mode().values
+    for at, chosen in ((0, codes), (3, codes[codes[:, 0] == likeliest])):
+        p = generator.logits(generator.prompts.build(histories[:1]), chosen[None])[0, :, at].softmax(-1)
+        expected = p.sum(0)
+        seen = torch.bincount(chosen[:, at], minlength=24)
+        big = expected >= 5
+        chi = ((seen - expected).square() / expected)[big].sum()
+        assert chi < 60
+
+
+def test_spread_samples_of_a_user_share_out_the_distribution(generator: JanusGenerator, histories: np.ndarray) -> None:
+    """Whatever two codes a picture may begin with, n samples hold n times its probability of it, to within one."""
+    n = 200
+    codes = generator.sample(histories[:1], n, seeds=[3])
+    prompts = generator.prompts.build(histories[:1])
+    begins = torch.cartesian_prod(torch.arange(24), torch.arange(24))
+    whole = torch.cat([begins, torch.zeros(len(begins), codes.shape[-1] - 2, dtype=torch.long)], 1)
+    lp = generator.logits(prompts, whole[None]).log_softmax(-1)[0, :, :2].gather(-1, begins[..., None]).sum((1, 2))
+    seen = torch.bincount(codes[0, :, 0] * 24 + codes[0, :, 1], minlength=24 * 24)
+    assert (seen - n * lp.exp().double()).abs().max() < 1 + 1e-3
+    independent = generator.sample(histories[:1], n, seeds=[3], spread=False)
+    seen = torch.bincount(independent[0, :, 0] * 24 + independent[0, :, 1], minlength=24 * 24)
+    assert (seen - n * lp.exp().double()).abs().max() > 2
+
+
+def test_a_long_picture_never_runs_out_of_randomness() -> None:
+    """Two hundred codes of three bits each: a point has 48 bits, yet every code stays uniform and unlike the others."""
+    uniforms = torch.rand(64, 4, 200, generator=torch.Generator().manual_seed(0))
+    points = _Points(uniforms, spread=True)
+    p = torch.full((64, 4, 8), 1 / 8)
+    codes = torch.stack([points.choose(p) for _ in range(200)], -1).flatten(0, 1)
+    shares = torch.stack([torch.bincount(codes[:, t], minlength=8) for t in range(200)]) / 256
+    assert (shares - 1 / 8).abs().max() < 0.11
+    late = codes[:, 20:].double()
+    correlation = torch.corrcoef(late.T).fill_diagonal_(0)
+    assert correlation.abs().max() < 0.4
 
 
 def test_guidance_one_is_conditional_and_zero_is_unconditional(
