@@ -32,7 +32,7 @@ class Dice(nn.Module):
             flat_ND, self.norm.running_mean, self.norm.running_var, training=training, momentum=0.1, eps=self.norm.eps
         )
         p_XD = torch.sigmoid(normal_ND).view_as(x_XD)
-        return x_XD * (p_XD + (1 - p_XD) * self.alpha)
+        return x_XD * torch.addcmul(self.alpha, p_XD, 1 - self.alpha)
 
 
 def mlp(widths: Sequence[int], activation: Callable[[int], nn.Module], *, dropout: float = 0.0) -> nn.Sequential:
