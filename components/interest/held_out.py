@@ -8,7 +8,7 @@ Letters: U users, I items, C candidates, K list length, D features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +26,8 @@ from couturier.components.runtime import seeded_numpy
 _CHUNK = 128
 Place = Literal["valid", "test"]
 _BACK = {"test": 1, "valid": 2}
+_NOBODY = "no user has an event before the held-out one, so nobody can be ranked for; add events."
+Scores = Callable[[Shard, np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,26 +85,49 @@ class HeldOut:
             DataError: no user has an event before the held-out one.
         """
         items_ID = judge.embed_items()
+
+        def scores(shard: Shard, users: np.ndarray, target: np.ndarray) -> np.ndarray:
+            state = judge.encode(self._history(shard, users, target, items_ID))
+            return judge.score_all(state, items_ID).double().numpy()
+
+        return self.rank_by(scores, skip_seen=skip_seen, k=k)
+
+    def rank_by(self, scores: Scores, *, skip_seen: bool, k: int = 10) -> Ranking:
+        """As ``rank``, by any scores: ``(shard, user index, event index) -> float64 [U, I]``, which may be changed."""
         parts: list[tuple[np.ndarray, ...]] = []
         for shard, users, target in self._parts():
-            state = judge.encode(self._history(shard, users, target, items_ID))
-            scores_UI = judge.score_all(state, items_ID).double().numpy()
+            scores_UI = scores(shard, users, target)
+            everyone = np.arange(len(users))
             taken = shard.item_N[target].astype(np.int64)
-            own = scores_UI[np.arange(len(users)), taken].copy()
+            own = scores_UI[everyone, taken].copy()
             if skip_seen:
-                rows, offsets = history_rows(shard.offsets[:-1][users], target, len(shard.item_N))
-                owner = np.repeat(np.arange(len(users)), np.diff(offsets))
-                scores_UI[owner, shard.item_N[rows]] = -np.inf
-            scores_UI[np.arange(len(users)), taken] = own
+                owner, items = self.taken_before(shard, users, target)
+                scores_UI[owner, items] = -np.inf
+            scores_UI[everyone, taken] = own
             above = (scores_UI > own[:, None]).sum(1)
             ties = (scores_UI == own[:, None]).sum(1) - 1
             best = np.argpartition(-scores_UI, min(k, scores_UI.shape[1]) - 1, axis=1)[:, :k]
             order = np.take_along_axis(scores_UI, best, axis=1).argsort(axis=1)[:, ::-1]
             parts.append((shard.users_U[users], taken, 1 + above + ties / 2, np.take_along_axis(best, order, axis=1)))
         if not parts:
-            raise DataError("no user has an event before the held-out one, so nobody can be ranked for; add events.")
+            raise DataError(_NOBODY)
         users_U, taken_U, rank_U, top_UK = (np.concatenate(column) for column in zip(*parts, strict=True))
         return Ranking(users_U=users_U, taken_U=taken_U, rank_U=rank_U, top_UK=top_UK)
+
+    def taken_before(self, shard: Shard, users: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """``(place in users, item)`` of everything each user took before the held-out event."""
+        rows, offsets = history_rows(shard.offsets[:-1][users], target, len(shard.item_N))
+        return np.repeat(np.arange(len(users)), np.diff(offsets)), shard.item_N[rows]
+
+    def repeat_share(self) -> float:
+        """Share of held-out events that are about an item the user had taken before."""
+        repeats = count = 0
+        for shard, users, target in self._parts():
+            owner, items = self.taken_before(shard, users, target)
+            same = items == shard.item_N[target][owner]
+            repeats += len(np.unique(owner[same]))
+            count += len(users)
+        return repeats / max(1, count)
 
     @torch.no_grad()
     def auc(self, judge: ContentJudge, negatives: Negatives, count: int, *, seed: int) -> np.ndarray:
@@ -126,5 +151,5 @@ class HeldOut:
             won = ((good > other) + 0.5 * (good == other)) * real
             parts.append(won.sum(1) / np.maximum(real.sum(1), 1))
         if not parts:
-            raise DataError("no user has an event before the held-out one, so nobody can be ranked for; add events.")
+            raise DataError(_NOBODY)
         return np.concatenate(parts)

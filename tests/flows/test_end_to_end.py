@@ -83,6 +83,14 @@ def test_runs_and_models_list_it(smoke_run: SmokeRun) -> None:
     assert smoke_run.record["bento"] in smoke_run.project.run("models").out
 
 
+def test_compare_ranks_judges_on_the_same_data(smoke_run: SmokeRun) -> None:
+    found = smoke_run.project.run(
+        "compare", "--judges", "attention", "--recipe", "smoke", "--set", "steps=4", "--set", "test_users=60", "--json"
+    ).json
+    assert found["best"] == "attention" and set(found["table"]) == {"attention", "popularity", "own_favourites"}
+    assert Path(found["picture"]).exists()
+
+
 def test_lineage_goes_from_the_model_back_to_the_data(smoke_run: SmokeRun) -> None:
     text = json.dumps(smoke_run.project.run("lineage", "latest", "--json").json)
     assert smoke_run.record["data_md5"] in text
