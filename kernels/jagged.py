@@ -8,10 +8,13 @@ Legend: U lists, N behaviours, R rows, P pairs; inside a block G lists, C rows a
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from couturier.kernels.checks import KernelError, check_axes, check_index
 
 
 def pair_offsets(offsets: Tensor, row_user: Tensor) -> Tensor:
@@ -36,6 +39,40 @@ def pairs(offsets: Tensor, row_user: Tensor) -> tuple[Tensor, Tensor]:
     row_P = torch.repeat_interleave(starts.diff())
     behaviour_P = torch.arange(row_P.numel(), device=offsets.device) + (offsets[row_user] - starts[:-1])[row_P]
     return row_P, behaviour_P
+
+
+def rows_of(
+    queries: Tensor, row_user: Tensor | None, sizes: Mapping[str, int]
+) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Queries as rows ``[R, H]``, the person of each ``[R]``, and the leading shape of the answer.
+
+    Args:
+        queries: ``[R, H]``, or ``[U, C, H]`` with as many rows for every list.
+        row_user: the list of each row of ``[R, H]``; None: row r is that of list r.
+        sizes: what ``U`` and ``H`` are.
+
+    Raises:
+        KernelError: shapes that do not fit, or a list that does not exist.
+        KernelTypeError: ``row_user`` is not int64.
+    """
+    users, device = sizes["U"], queries.device
+    known = {"U": users, "H": sizes["H"]}
+    if queries.dim() == 3:
+        if row_user is not None:
+            raise KernelError("row_user goes with queries [R, H]; queries [U, C, H] say by their place whose they are")
+        rows = check_axes(known, queries=(queries, "U C H"))["C"]
+        return queries.flatten(0, 1), torch.arange(users, device=device).repeat_interleave(rows), (users, rows)
+    rows = check_axes(known, queries=(queries, "R H"))["R"]
+    if row_user is None:
+        if rows != users:
+            raise KernelError(
+                f"queries [R, H] has R = {rows}, but offsets speak of U = {users} lists; "
+                "pass row_user [R] to say whose each row is"
+            )
+        return queries, torch.arange(users, device=device), (rows,)
+    check_axes({"R": rows}, row_user=(row_user, "R"))
+    check_index(row_user, users, name="row_user", of="lists")
+    return queries, row_user, (rows,)
 
 
 def as_lists(index_Rk: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,15 +153,16 @@ class Block:
         )
 
 
-def blocks(offsets: Tensor, row_user: Tensor, *, width: int, most: int = 1 << 18) -> list[Block]:
+def blocks(offsets: Tensor, row_user: Tensor, *, width: int, most: int = 1 << 19, spare: int = 1 << 18) -> list[Block]:
     """Cut all pairs into nearly dense blocks. One list is never cut, however long.
 
     Lists without rows, and rows of empty lists, are in no block.
 
     Args:
         offsets, row_user: as above; rows may come in any order.
-        width: numbers kept a row and a behaviour, which count against ``most`` beside the pairs.
-        most: numbers a block may hold, so that it stays in the cache.
+        width: numbers touched a pair, a row and a behaviour; what the two limits below count.
+        most: a block holds about so many numbers a row and a behaviour, so that it stays in the cache.
+        spare: so many numbers of padding cost what one more block costs; lists of unlike length share a block up to it.
     """
     length_U = offsets.diff()
     count_U = torch.bincount(row_user, minlength=length_U.numel())
@@ -135,16 +173,34 @@ def blocks(offsets: Tensor, row_user: Tensor, *, width: int, most: int = 1 << 18
     if live.numel() == 0:
         return []
     code = _grid(length_U[live]) * (1 << 32) + _grid(count_U[live])
-    live = live[torch.argsort(code, stable=True)]
+    live = live[torch.argsort(code, stable=True, descending=True)]
     out: list[Block] = []
-    for group in live.split(code.unique(return_counts=True)[1].tolist()):
-        wide, tall = int(length_U[group].max()), int(count_U[group].max())
-        for users in group.split(max(1, most // (wide * tall + (wide + tall) * width))):
-            rows = _places(first_U[users], count_U[users])
+    for users, step in _groups(live, length_U, count_U, code, width, most, spare):
+        # Inside a block the lists stay in order, so that neighbours can be one run.
+        for part in users.sort()[0].split(step):
+            rows = _places(first_U[part], count_U[part])
             if not in_order:
                 rows = Places(index=by_user[rows.index], pad=rows.pad, start=None)
-            out.append(Block(rows=rows, behaviours=_places(offsets[users], length_U[users])))
+            out.append(Block(rows=rows, behaviours=_places(offsets[part], length_U[part])))
     return out
+
+
+def _groups(
+    live: Tensor, length_U: Tensor, count_U: Tensor, code: Tensor, width: int, most: int, spare: int
+) -> Iterator[tuple[Tensor, int]]:
+    """Runs of ``live`` (longest first) that share a padded shape, each with the number of lists a block takes."""
+    lengths, counts = length_U[live].tolist(), count_U[live].tolist()
+    sizes = code.unique(return_counts=True)[1].flip(0).tolist()
+    at = begin = real = wide = tall = 0
+    for size in [*sizes, 0]:
+        piece = slice(at, at + size)
+        taller, wider = max(tall, *counts[piece], 0), max(wide, *lengths[piece], 0)
+        inside = real + sum(one * two for one, two in zip(lengths[piece], counts[piece], strict=True))
+        if at > begin and (size == 0 or ((at + size - begin) * wider * taller - inside) * width > spare):
+            yield live[begin:at], max(1, most // ((wide + tall) * width + wide * tall))
+            begin, inside = at, inside - real
+            taller, wider = max(0, *counts[piece], 0), max(0, *lengths[piece], 0)
+        at, real, wide, tall = at + size, inside, wider, taller
 
 
 def _grid(size: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from couturier.kernels import dispatch
-from couturier.kernels.checks import KernelError, check_axes, check_floats, check_index, check_offsets
-from couturier.kernels.jagged import as_lists, pair_offsets, pairs
+from couturier.kernels.checks import KernelError, check_axes, check_floats, check_offsets
+from couturier.kernels.jagged import as_lists, pair_offsets, pairs, rows_of
 
 __all__ = ["Layer", "Pooling", "as_lists", "dot_attention", "mlp_attention", "pair_offsets", "pairs"]
 
@@ -97,7 +97,7 @@ def mlp_attention(
         >>> layers = [(torch.ones(2, 16), None), (torch.ones(1, 2), None)]
         >>> pooled, weights = mlp_attention(torch.eye(4)[:2], keys, offsets, layers, return_weights=True)
         >>> pooled.shape, [round(one, 3) for one in weights.tolist()]
-        (torch.Size([2, 4]), [0.504, 0.496, 1.0])
+        (torch.Size([2, 4]), [0.518, 0.482, 1.0])
     """
     queries_RH, row_user, values, lead = _checked(queries, keys, offsets, row_user, values)
     _check_layers(layers, queries_RH, activations)
@@ -105,7 +105,7 @@ def mlp_attention(
         raise KernelError(f"pooling is {pooling!r}; wanted 'din_code' (softmax) or 'din_paper' (raw scores)")
     run = dispatch.implementation("target_attention", keys, uncovered=_uncovered_mlp(layers, activations, keys, values))
     pooled_RE, weights_P = run.mlp(
-        queries_RH, keys, offsets, row_user, values, layers, activations, pooling == "din_code"
+        queries_RH, keys, offsets, row_user, values, layers, activations, pooling == "din_code", return_weights
     )
     pooled = cast(Tensor, pooled_RE).view(*lead, values.shape[1])
     return (pooled, weights_P) if return_weights else pooled
@@ -188,7 +188,9 @@ def dot_attention(
         check_axes({"P": int(offsets.diff()[row_user].sum())}, pair_bias=(pair_bias, "P"))
     scale = queries.shape[-1] ** -0.5 if scale is None else scale
     run = dispatch.implementation("target_attention", keys, uncovered=_uncovered_dot(keys, values))
-    pooled_RE, weights_P = run.dot(queries_RH, keys, offsets, row_user, values, behaviour_bias, pair_bias, scale)
+    pooled_RE, weights_P = run.dot(
+        queries_RH, keys, offsets, row_user, values, behaviour_bias, pair_bias, scale, return_weights
+    )
     pooled = cast(Tensor, pooled_RE).view(*lead, values.shape[1])
     return (pooled, weights_P) if return_weights else pooled
 
@@ -201,23 +203,8 @@ def _checked(
     check_floats(queries=queries, keys=keys, values=values)
     sizes = check_axes(keys=(keys, "N H"), values=(values, "N E"))
     users = check_offsets(offsets, sizes["N"])
-    if queries.dim() == 3:
-        if row_user is not None:
-            raise KernelError("row_user goes with queries [R, H]; queries [U, C, H] say by their place whose they are")
-        dense = check_axes({"U": users, "H": sizes["H"]}, queries=(queries, "U C H"))
-        row_user = torch.arange(users, device=keys.device).repeat_interleave(dense["C"])
-        return queries.flatten(0, 1), row_user, values, (users, dense["C"])
-    rows = check_axes({"H": sizes["H"]}, queries=(queries, "R H"))["R"]
-    if row_user is None:
-        if rows != users:
-            raise KernelError(
-                f"queries [R, H] has R = {rows}, but offsets speak of U = {users} people; "
-                "pass row_user [R] to say whose each row is"
-            )
-        row_user = torch.arange(users, device=keys.device)
-    check_axes({"R": rows}, row_user=(row_user, "R"))
-    check_index(row_user, users, name="row_user", of="people")
-    return queries, row_user, values, (rows,)
+    queries_RH, row_user, lead = rows_of(queries, row_user, {"U": users, "H": sizes["H"]})
+    return queries_RH, row_user, values, lead
 
 
 def _check_layers(

@@ -25,8 +25,6 @@ _PIECE = 2048
 # Up to so many bytes the hidden activations are kept for the backward; beyond it they are computed again.
 _KEEP_BYTES = 1 << 26
 
-_HALVES = (torch.bfloat16, torch.float16)
-
 
 def mlp(
     queries_RH: Tensor,
@@ -37,41 +35,34 @@ def mlp(
     layers: Sequence[tuple[Tensor, Tensor | None]],
     activations: Sequence[Callable[[Tensor], Tensor]] | None,
     softmax: bool,
-) -> tuple[Tensor, Tensor]:
+    want_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
     """As the reference. ``activations`` None (sigmoid) takes the path in pieces; callables see all pairs at once."""
     dtype = queries_RH.dtype
-    if dtype in _HALVES:
-        wide = [(weight.float(), None if bias is None else bias.float()) for weight, bias in layers]
-        pooled, weights = mlp(
-            queries_RH.float(), keys_NH.float(), offsets, row_user, values_NE.float(), wide, activations, softmax
-        )
-        return pooled.to(dtype), weights.to(dtype)
-    (first, first_bias), *rest = layers
-    wq, wk, wd, wp = first.chunk(4, 1)
+    queries_RH, keys_NH, values_NE = _wide(queries_RH), _wide(keys_NH), _wide(values_NE)
+    layers = [(_wide(weight), None if bias is None else _wide(bias)) for weight, bias in layers]
+    (whole, first_bias), *rest = layers
+    wq, wk, wd, wp = whole.chunk(4, 1)
     # W1 [q, k, q - k, q * k] = (Wq + Wd) q + (Wk - Wd) k + Wp (q * k): one product a row, one a behaviour, one a pair.
     from_query_RF = linear(queries_RH, wq + wd, first_bias)
-    from_key_NF = keys_NH @ (wk - wd).T
     row_P, behaviour_P = pairs(offsets, row_user)
     if activations is None:
-        score_P = _Scores.apply(
-            queries_RH,
-            keys_NH,
-            from_query_RF,
-            from_key_NF,
-            wp,
-            row_P,
-            behaviour_P,
-            *(one for two in rest for one in two),
-        )
+        # With about one row a list the part of the key goes into the product a pair: one wider product is faster.
+        alone = row_P.numel() <= 1.5 * keys_NH.shape[0]
+        from_key_NF, first = (None, torch.cat([wp, wk - wd], 1)) if alone else (keys_NH @ (wk - wd).T, wp)
+        flat = (one for two in rest for one in two)
+        score_P = _Scores.apply(queries_RH, keys_NH, from_query_RF, from_key_NF, first, row_P, behaviour_P, *flat)
     else:
         product_PH = queries_RH.index_select(0, row_P) * keys_NH.index_select(0, behaviour_P)
-        x = product_PH @ wp.T + from_query_RF.index_select(0, row_P) + from_key_NF.index_select(0, behaviour_P)
+        x = product_PH @ wp.T + from_query_RF.index_select(0, row_P)
+        x = x + (keys_NH @ (wk - wd).T).index_select(0, behaviour_P)
         for activation, (weight, bias) in zip(activations, rest, strict=True):
-            x = linear(activation(x), weight, bias)
+            x = linear(_wide(activation(x.to(dtype))), weight, bias)
         score_P = x[:, 0]
     if softmax:
         score_P = score_P / queries_RH.shape[1] ** 0.5
-    return _Attend.apply(None, None, values_NE, None, score_P, offsets, row_user, 1.0, softmax)
+    out = _Attend.apply(None, None, values_NE, None, score_P, offsets, row_user, 1.0, softmax, want_weights)
+    return _narrow(out, dtype)
 
 
 def dot(
@@ -83,20 +74,36 @@ def dot(
     behaviour_bias_N: Tensor | None,
     pair_bias_P: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor]:
+    want_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
     """As the reference."""
     dtype = queries_RH.dtype
-    if dtype in _HALVES:
-        biases = [None if one is None else one.float() for one in (behaviour_bias_N, pair_bias_P)]
-        pooled, weights = dot(
-            queries_RH.float(), keys_NH.float(), offsets, row_user, values_NE.float(), biases[0], biases[1], scale
-        )
-        return pooled.to(dtype), weights.to(dtype)
-    return _Attend.apply(queries_RH, keys_NH, values_NE, behaviour_bias_N, pair_bias_P, offsets, row_user, scale, True)
+    out = _Attend.apply(
+        _wide(queries_RH),
+        _wide(keys_NH),
+        _wide(values_NE),
+        None if behaviour_bias_N is None else _wide(behaviour_bias_N),
+        None if pair_bias_P is None else _wide(pair_bias_P),
+        offsets,
+        row_user,
+        scale,
+        True,
+        want_weights,
+    )
+    return _narrow(out, dtype)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def _narrow(out: tuple[Tensor, Tensor | None], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    return out[0].to(dtype), None if out[1] is None else out[1].to(dtype)
 
 
 class _Scores(torch.autograd.Function):
-    """Scores ``[P]`` of a sigmoid network whose first layer is ``from_query + from_key + (q * k) Wp^T``."""
+    """Scores ``[P]`` of a sigmoid network whose first layer is ``from_query + from_key + W [q * k]``, or, without
+    ``from_key``, ``from_query + W [q * k, k]``."""
 
     @staticmethod
     def forward(
@@ -104,83 +111,98 @@ class _Scores(torch.autograd.Function):
         queries_RH: Tensor,
         keys_NH: Tensor,
         from_query_RF: Tensor,
-        from_key_NF: Tensor,
-        wp_FH: Tensor,
+        from_key_NF: Tensor | None,
+        first: Tensor,
         row_P: Tensor,
         behaviour_P: Tensor,
         *rest: Tensor | None,
     ) -> Tensor:
         score_P = queries_RH.new_empty(row_P.numel())
-        hidden = from_query_RF.shape[1] + sum(one.shape[0] for one in rest[:-2:2] if one is not None)
-        keep = score_P.numel() * hidden * score_P.element_size() <= _KEEP_BYTES and any(ctx.needs_input_grad)
+        a_pair = sum(first.shape) + sum(one.shape[0] for one in rest[:-2:2] if one is not None)
+        keep = score_P.numel() * a_pair * score_P.element_size() <= _KEEP_BYTES and any(ctx.needs_input_grad)
         ctx.kept = [] if keep else None
         for piece in _pieces(row_P.numel()):
             row, behaviour = row_P[piece], behaviour_P[piece]
-            product = queries_RH.index_select(0, row).mul_(keys_NH.index_select(0, behaviour))
-            hiddens = _hiddens(product, row, behaviour, from_query_RF, from_key_NF, wp_FH, rest)
+            x, _ = _inputs(queries_RH, keys_NH, row, behaviour, from_key_NF is None)
+            hiddens = _hiddens(x, row, behaviour, from_query_RF, from_key_NF, first, rest)
             _linear(hiddens[-1], rest[-2], rest[-1], out=score_P[piece][:, None])
             if ctx.kept is not None:
-                ctx.kept.append(hiddens)
-        ctx.save_for_backward(queries_RH, keys_NH, from_query_RF, from_key_NF, wp_FH, row_P, behaviour_P, *rest)
+                ctx.kept.append((x, hiddens))
+        ctx.save_for_backward(queries_RH, keys_NH, from_query_RF, from_key_NF, first, row_P, behaviour_P, *rest)
         return score_P
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor | None, ...]:
-        queries_RH, keys_NH, from_query_RF, from_key_NF, wp_FH, row_P, behaviour_P, *rest = ctx.saved_tensors
-        grads = [torch.zeros_like(one) for one in (queries_RH, keys_NH, from_query_RF, from_key_NF, wp_FH)]
-        d_q, d_k, d_fq, d_fk, d_wp = grads
+        queries_RH, keys_NH, from_query_RF, from_key_NF, first, row_P, behaviour_P, *rest = ctx.saved_tensors
+        d_q, d_k, d_fq, d_first = (torch.zeros_like(one) for one in (queries_RH, keys_NH, from_query_RF, first))
+        d_fk = None if from_key_NF is None else torch.zeros_like(from_key_NF)
         d_rest = [None if one is None else torch.zeros_like(one) for one in rest]
+        width = keys_NH.shape[1]
         for number, piece in enumerate(_pieces(row_P.numel())):
             row, behaviour = row_P[piece], behaviour_P[piece]
-            q, k = queries_RH.index_select(0, row), keys_NH.index_select(0, behaviour)
-            product = q * k
-            hiddens = (
-                _hiddens(product, row, behaviour, from_query_RF, from_key_NF, wp_FH, rest)
-                if ctx.kept is None
-                else ctx.kept[number]
-            )
+            if ctx.kept is None:
+                x, k = _inputs(queries_RH, keys_NH, row, behaviour, from_key_NF is None)
+                hiddens = _hiddens(x, row, behaviour, from_query_RF, from_key_NF, first, rest)
+            else:
+                x, hiddens = ctx.kept[number]
+                k = x[:, width:] if from_key_NF is None else keys_NH.index_select(0, behaviour)
             d_out = grad_P[piece][:, None]
             for place in range(len(rest) - 2, -2, -2):
                 hidden = hiddens[place // 2]
                 d_weight, d_bias = d_rest[place], d_rest[place + 1]
+                assert d_weight is not None
                 d_weight.addmm_(d_out.T, hidden)
                 if d_bias is not None:
                     d_bias += d_out.sum(0)
                 d_out = torch.ops.aten.sigmoid_backward(d_out @ rest[place], hidden)
-            d_wp.addmm_(d_out.T, product)
-            d_product = d_out @ wp_FH
+            d_first.addmm_(d_out.T, x)
+            d_x = d_out @ first
+            d_product = d_x[:, :width]
             d_fq.index_add_(0, row, d_out)
-            d_fk.index_add_(0, behaviour, d_out)
-            d_q.index_add_(0, row, k.mul_(d_product))
-            d_k.index_add_(0, behaviour, q.mul_(d_product))
-        return (*grads, None, None, *d_rest)
+            d_q.index_add_(0, row, k * d_product)
+            q = queries_RH.index_select(0, row).mul_(d_product)
+            if d_fk is None:
+                q.add_(d_x[:, width:])
+            else:
+                d_fk.index_add_(0, behaviour, d_out)
+            d_k.index_add_(0, behaviour, q)
+        return (d_q, d_k, d_fq, d_fk, d_first, None, None, *d_rest)
 
 
 def _pieces(total: int) -> Iterator[slice]:
     return (slice(at, min(at + _PIECE, total)) for at in range(0, total, _PIECE))
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+def _inputs(
+    queries_RH: Tensor, keys_NH: Tensor, row: Tensor, behaviour: Tensor, with_key: bool
+) -> tuple[Tensor, Tensor]:
+    """What the first layer multiplies, ``q * k`` or ``[q * k, k]``, and k itself."""
+    q, k = queries_RH.index_select(0, row), keys_NH.index_select(0, behaviour)
+    return (torch.cat([q.mul_(k), k], 1), k) if with_key else (q.mul_(k), k)
+
+
+def _linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    assert weight is not None
     return torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)
 
 
 def _hiddens(
-    product: Tensor,
+    x: Tensor,
     row: Tensor,
     behaviour: Tensor,
     from_query_RF: Tensor,
-    from_key_NF: Tensor,
-    wp_FH: Tensor,
+    from_key_NF: Tensor | None,
+    first: Tensor,
     rest: Sequence[Tensor | None],
 ) -> list[Tensor]:
     """The activations of every hidden layer of one piece."""
-    x = from_query_RF.index_select(0, row).add_(from_key_NF.index_select(0, behaviour))
-    out = [x.addmm_(product, wp_FH.T).sigmoid_()]
+    out = [from_query_RF.index_select(0, row).addmm_(x, first.T)]
+    if from_key_NF is not None:
+        out[0] += from_key_NF.index_select(0, behaviour)
+    out[0].sigmoid_()
     for place in range(0, len(rest) - 2, 2):
-        weight = rest[place]
-        assert weight is not None
-        out.append(_linear(out[-1], weight, rest[place + 1]).sigmoid_())
+        out.append(_linear(out[-1], rest[place], rest[place + 1]).sigmoid_())
     return out
 
 
@@ -199,17 +221,18 @@ class _Attend(torch.autograd.Function):
         row_user: Tensor,
         scale: float,
         softmax: bool,
-    ) -> tuple[Tensor, Tensor]:
+        want_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         starts = pair_offsets(offsets, row_user)
         width = values_NE.shape[1] + (0 if keys_NH is None else keys_NH.shape[1])
         plan = blocks(offsets, row_user, width=width)
         pooled_RE = values_NE.new_zeros(row_user.numel(), values_NE.shape[1])
-        weight_P = values_NE.new_zeros(int(starts[-1]))
+        weight_P = values_NE.new_zeros(int(starts[-1])) if want_weights else None
         kept: list[Tensor] = []
         for block in plan:
-            pair_places = block.pairs(starts)
+            pair_places = block.pairs(starts) if want_weights or score_P is not None else None
             weight = _scores(block, queries_RH, keys_NH, behaviour_bias_N, scale)
-            if score_P is not None:
+            if score_P is not None and pair_places is not None:
                 given = pair_places.take(score_P)
                 weight = given.clone() if weight is None else weight.add_(given)
             assert weight is not None
@@ -218,10 +241,11 @@ class _Attend(torch.autograd.Function):
             if softmax:
                 weight = weight.softmax(-1)
             block.rows.put(pooled_RE, torch.bmm(weight, block.behaviours.take(values_NE)))
-            pair_places.put(weight_P, weight)
+            if weight_P is not None and pair_places is not None:
+                pair_places.put(weight_P, weight)
             kept.append(weight)
         ctx.save_for_backward(queries_RH, keys_NH, values_NE, *kept)
-        ctx.plan, ctx.starts, ctx.scale, ctx.softmax, ctx.pairs = plan, starts, scale, softmax, weight_P.numel()
+        ctx.plan, ctx.starts, ctx.scale, ctx.softmax = plan, starts, scale, softmax
         ctx.set_materialize_grads(False)
         return pooled_RE, weight_P
 
@@ -234,7 +258,7 @@ class _Attend(torch.autograd.Function):
         d_k = torch.zeros_like(keys_NH) if want_k else None
         d_v = torch.zeros_like(values_NE) if want_v else None
         d_b = values_NE.new_zeros(values_NE.shape[0]) if want_b else None
-        d_p = values_NE.new_zeros(ctx.pairs) if want_p else None
+        d_p = values_NE.new_zeros(int(ctx.starts[-1])) if want_p else None
         for block, weight in zip(ctx.plan, kept, strict=True):
             d_weight = torch.zeros_like(weight)
             if grad_RE is not None:
@@ -242,15 +266,13 @@ class _Attend(torch.autograd.Function):
                 if d_v is not None:
                     block.behaviours.add(d_v, torch.bmm(weight.transpose(1, 2), g))
                 d_weight = torch.bmm(g, block.behaviours.take(values_NE).transpose(1, 2))
-            pair_places = block.pairs(ctx.starts)
             if grad_P is not None:
+                pair_places = block.pairs(ctx.starts)
                 d_weight = d_weight + pair_places.without_padding(pair_places.take(grad_P))
-            if ctx.softmax:
-                d_score = weight * (d_weight - (weight * d_weight).sum(-1, keepdim=True))
-            else:
-                d_score = pair_places.without_padding(d_weight)
+            d_score = weight * (d_weight - (weight * d_weight).sum(-1, keepdim=True)) if ctx.softmax else d_weight
             if d_p is not None:
-                pair_places.add(d_p, d_score)
+                pair_places = block.pairs(ctx.starts)
+                pair_places.add(d_p, pair_places.without_padding(d_score))
             if d_b is not None:
                 block.behaviours.add(d_b, d_score.sum(1))
             if d_q is not None:
@@ -258,7 +280,7 @@ class _Attend(torch.autograd.Function):
             if d_k is not None:
                 d_scaled = torch.bmm(d_score.transpose(1, 2), block.rows.take(queries_RH)).mul_(ctx.scale)
                 block.behaviours.add(d_k, d_scaled)
-        return d_q, d_k, d_v, d_b, d_p, None, None, None, None
+        return d_q, d_k, d_v, d_b, d_p, None, None, None, None, None
 
 
 def _scores(
