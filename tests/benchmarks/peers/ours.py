@@ -1,0 +1,77 @@
+"""Our judges as rows of the comparison: which there are, what may be tried for them, and what a run depends on."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from couturier.components.interest.judge import JUDGES
+
+from .runner import Model
+
+NAMES = (
+    "multimodal",
+    "sasrec",
+    "din",
+    "tin",
+    "sdim",
+    "dare",
+    "muse",
+    "dmf",
+    "aw_moe",
+    "hcn",
+    "mqsa_ted",
+    "hypercuboid",
+)
+_TOPK: dict[str, Any] = {
+    "steps": 1200,
+    "eval_every": 75,
+    "patience": 6,
+    "batch": 128,
+    "history": 50,
+    "negatives": 16,
+    "negative_kind": "uniform",
+    "learning_rate": 3e-3,
+    "ids": 64,
+}
+_SEQUENCE: dict[str, Any] = {**_TOPK, "steps": 800, "eval_every": 50, "batch": 64, "negatives": 1}
+_CLICK: dict[str, Any] = {
+    "steps": 800,
+    "eval_every": 80,
+    "patience": 4,
+    "batch": 128,
+    "history": 50,
+    "learning_rate": 3e-3,
+    "ids": 16,
+}
+
+
+def model(name: str, form: str) -> Model:
+    """A judge with the settings that may be tried for it on a form, the default first."""
+    kind = form.partition("-")[0]
+    if kind == "ctr":
+        first = _CLICK
+        grid = (first, {**first, "learning_rate": 1e-3}, {**first, "weight_decay": 0.3}, {**first, "history": 100})
+        quick = {**first, "steps": 160, "eval_every": 80}
+    else:
+        first = _SEQUENCE if JUDGES[name].every_position else _TOPK
+        grid = (first, {**first, "learning_rate": 1e-3}, {**first, "weight_decay": 0.3}, {**first, "history": 100})
+        quick = {key: value for key, value in first.items() if key != "patience"}
+        quick |= {"steps": 200, "eval_every": 200, "epochs": 200}
+    return Model(peer="ours", name=name, grid=grid, quick=quick, source=source_digest())
+
+
+def known(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of ``names`` that the package has."""
+    return tuple(name for name in names if name in JUDGES)
+
+
+def source_digest() -> str:
+    """A hash of the code that a judge's figures depend on, so that the cache forgets them when it changes."""
+    root = Path(__file__).resolve().parents[3]
+    digest = hashlib.sha256(Path(__file__).with_name("ours_peer.py").read_bytes())
+    for folder in ("components/interest", "kernels"):
+        for path in sorted((root / folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:10]

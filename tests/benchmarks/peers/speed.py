@@ -1,0 +1,76 @@
+"""Ratios of speed, both sides measured in this run, in turns, on the same cores.
+
+``fit_vs_rectools_sasrec`` counts target positions a second (a sequence of 51 items has 50) and
+``fit_vs_fuxictr_din`` rows a second (a candidate with its history), loader and optimiser included, at equal batch,
+width and length. The kernels' ratios come from their own benchmarks beside this folder.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import ours, runner
+from .environments import PeerUnavailable
+from .split import Split
+
+TURNS = 2
+_KERNELS = {"target_attention_vs_padded": "target_attention", "linear_attention_vs_naive": "linear_attention"}
+_SASREC = {"n_blocks": 2, "n_heads": 1, "n_factors": 64, "session_max_len": 50, "batch_size": 128}
+_OUR_SASREC = {
+    "batch": 128,
+    "history": 50,
+    "negatives": 1,
+    "ids": 64,
+    "judge": {"width": 64, "blocks": 2, "heads": 1, "length": 50},
+}
+_DIN = {"batch_size": 256, "max_len": 50, "embedding_dim": 16}
+_OUR_DIN = {"batch": 128, "history": 50, "ids": 16}
+
+
+def ratios(split: Split, plan: runner.Plan, cache: Path, say: runner.Say) -> dict[str, Any]:
+    """``{name: {ratio, ours, other, unit}}`` of what can be measured here."""
+    found = {**_kernels(say)}
+    task, run = split.tasks[-1], runner.Runner(split, cache, plan, say)
+    fits = (
+        ("fit_vs_rectools_sasrec", "sasrec", f"speed-{task}", "rectools", _SASREC, _OUR_SASREC, "positions_per_s"),
+        ("fit_vs_fuxictr_din", "din", "speed-uniform", "fuxictr", _DIN, _OUR_DIN, "rows_per_s"),
+    )
+    for name, judge, form, peer, theirs, mine, unit in fits:
+        if not ours.known((judge,)):
+            say(f"  left out: {name}: no judge {judge} yet")
+            continue
+        other = next(model for model in (*runner.TOPK, *runner.CLICK) if (model.peer, model.name) == (peer, judge))
+        seconds = {"seconds": 4 if plan.quick else 10}
+        try:
+            turns = [
+                (
+                    float(run.speed(ours.model(judge, form), form, {**mine, **seconds})[unit]),
+                    float(run.speed(other, form, {**theirs, **seconds})[unit]),
+                )
+                for _ in range(TURNS)
+            ]
+        except PeerUnavailable as error:
+            say(f"  left out: {name}: {error}")
+            continue
+        # The best of each side: other work on the machine only ever slows.
+        fast, slow = np.max(turns, axis=0)
+        found[name] = {"ratio": fast / slow, "ours": fast, "other": slow, "unit": unit.replace("_per_s", " a second")}
+        say(f"  {name}: {fast:,.0f} against {slow:,.0f} {unit}: {fast / slow:.2f}")
+    return found
+
+
+def _kernels(say: runner.Say) -> dict[str, Any]:
+    """The kernels' own benchmarks, where they are: each has ``ratio() -> {ratio, ours, other, unit}``."""
+    found = {}
+    for name, module in _KERNELS.items():
+        place = Path(__file__).resolve().parents[1] / f"{module}.py"
+        if not place.is_file():
+            say(f"  left out: {name}: no tests/benchmarks/{module}.py")
+            continue
+        found[name] = importlib.import_module(f"tests.benchmarks.{module}").ratio()
+        say(f"  {name}: {found[name]['ratio']:.2f}")
+    return found
