@@ -54,6 +54,7 @@ def ingest(
     folder: Annotated[str, typer.Option(help="complete-journey, movielens: folder with the data set's files.")] = "",
     picture_size: Annotated[int, typer.Option(help="Height and width of pictures, pixels.")] = 32,
     max_users: Annotated[int, typer.Option(help="Keep this many users, the same ones everywhere; 0 keeps all.")] = 0,
+    feedback: Annotated[bool, typer.Option("--feedback", help="Join the events that the service collected.")] = False,
     settings: Settings = None,
     json: Json = False,
 ) -> None:
@@ -64,7 +65,8 @@ def ingest(
     Examples: \\
     `couturier ingest` \\
     `couturier ingest --adapter files --events clicks.csv --items shop.parquet --pictures photos` \\
-    `couturier ingest --adapter movielens --folder ml-1m`
+    `couturier ingest --adapter movielens --folder ml-1m` \
+    `couturier ingest --feedback`   (what people did since, as the service noted it)
     """
     need("dvc", extra="demo", verb="ingest")
     from couturier.components.console import ConsoleProgress, size
@@ -73,6 +75,7 @@ def ingest(
     from couturier.components.lineage.workspace import Workspace
     from couturier.flows.overrides import override
 
+    workspace = Workspace.find()
     chosen = override(
         ingestion.Config(
             adapter=adapter,
@@ -83,10 +86,10 @@ def ingest(
             folder=folder,
             picture_size=picture_size,
             max_users=max_users,
+            feedback=str(workspace.feedback) if feedback else "",
         ),
         settings or [],
     )
-    workspace = Workspace.find()
     facts = ingestion.ingest(chosen.adapter, chosen, workspace, ConsoleProgress())
     version = versioning.version_data(workspace)
     if json:

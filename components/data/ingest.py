@@ -17,6 +17,7 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from couturier.components.data import adapter_complete_journey, adapter_files, adapter_movielens
+from couturier.components.data.collected import with_collected
 from couturier.components.data.formats import EVENT_COLUMNS, EVENTS, ITEMS, META, PICTURES, USERS
 from couturier.components.data.raw import PICTURE_SCHEMA, Config, RawTables
 from couturier.components.data.versioning import md5_of_file
@@ -64,6 +65,8 @@ def ingest(adapter: str, settings: Config, workspace: Workspace, progress: Progr
     try:
         raw = ADAPTERS[adapter](settings)
         _check_tables(raw)
+        if settings.feedback:
+            raw = with_collected(raw, Path(settings.feedback))
         (workspace.data / META).unlink(missing_ok=True)  # written last: where it lies, the tables are whole
         line.advance()
         tables = {EVENTS: raw.events, ITEMS: raw.items, PICTURES: raw.pictures, USERS: raw.users}
@@ -196,7 +199,8 @@ def _write_parquet(frame: pl.DataFrame, path: Path) -> None:
 def _meta(raw: RawTables, settings: Config, rows: dict[str, int]) -> dict[str, Any]:
     """What travels with the data. Folders stay out, since they differ from machine to machine."""
     kept = dataclasses.asdict(settings)
-    named = {name: Path(kept[name]).name for name in ("folder", "events", "items", "users", "pictures")}
+    folders = ("folder", "events", "items", "users", "pictures", "feedback")
+    named = {name: Path(kept[name]).name for name in folders}
     return {
         **raw.meta,
         "adapter": settings.adapter,

@@ -45,6 +45,8 @@ class Config:
     """``files``: the folder that picture paths are relative to; empty means the folder of the items table."""
     attribution: str = ""
     """``files``: the credit line to show wherever the pictures are shown."""
+    feedback: str = ""
+    """A folder with events that the service collected, to be joined to the adapter's; empty leaves them out."""
     session_gap_minutes: float = 0.0
     """``files``, ``movielens``: events of one user closer than this form one group, where no group_id is given;
     0 is the adapter's own choice: half an hour for ``files``, half a minute for ``movielens``."""

@@ -53,6 +53,8 @@ class Config:
     """Many windows of few users give useless intervals; two of every user give good ones."""
     future_groups: int = 4
     """Groups after the target that count as the person's future (used by the reward of training users only)."""
+    ignored_kinds: tuple[str, ...] = ("dislike",)
+    """Behaviours that are no wish for more: they are neither history nor target."""
     max_users: int = 0
     """Keep that many users (0: all); small recipes use it."""
     max_items: int = 0
@@ -64,7 +66,7 @@ def run(ctx: StageContext) -> None:
     config: Config = ctx.config
     source = ctx.inputs["validate"]
     meta = read_json(source / META)
-    events = pl.read_parquet(source / EVENTS)
+    events = pl.read_parquet(source / EVENTS).filter(~pl.col("kind").is_in(list(config.ignored_kinds)))
     split_of, cut_us = split_users(events, config)
     training = events.filter(
         pl.col("user_id").is_in([user for user, split in split_of.items() if split == "train"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from couturier.components.data.ingest import FILES, Config, RawTables, ingest
 from couturier.components.data.raw import no_pictures, sampled_users
 from couturier.components.errors import ConfigError, DataError
 from couturier.components.lineage.workspace import Workspace
+from couturier.serving.feedback import FeedbackLog
 
 
 @pytest.fixture
@@ -201,3 +203,27 @@ def test_sampled_users_are_a_fixed_share() -> None:
     assert len(few) == 10 and set(few) < set(more)
     assert few.equals(sampled_users(users.reverse(), 10))
     assert sampled_users(users, 0).len() == 1000
+
+
+def test_what_the_service_collected_joins_the_log(tmp_path: Path, tables: Config) -> None:
+    place, folder = workspace(tmp_path / "one"), tmp_path / "feedback"
+    log = FeedbackLog(folder)
+    log.append({"user_id": "ann", "item_id": "b", "kind": "like", "value": 1.0, "model": "couturier:x"})
+    log.append({"user_id": "zoe", "item_id": "a", "kind": "dislike", "value": 1.0, "model": "couturier:x"})
+    (day,) = folder.iterdir()
+    day.write_text(day.read_text() * 2 + '{"user_id": "ann", "item_id"')  # sent twice, and a line cut short
+    facts = ingest("files", dataclasses.replace(tables, feedback=str(folder)), place)
+    assert facts["rows"]["events"] == 6 + 2 and facts["rows"]["users"] == 3
+    assert facts["warnings"] and f"{day.name}:5" in facts["warnings"][-1]
+    events = pl.read_parquet(place.data / "events.parquet")
+    assert events["kind"].to_list()[-2:] == ["like", "dislike"] and events["timestamp"].is_sorted()
+    assert events["group_id"][-2] == "feedback-ann-0"
+    assert "zoe" in pl.read_parquet(place.data / "users.parquet")["user_id"].to_list()
+    assert ingest("files", dataclasses.replace(tables, feedback=str(folder)), place)["reused"]
+    log.append({"user_id": "ben", "item_id": "b", "kind": "view", "value": 1.0, "model": "couturier:x"})
+    assert not ingest("files", dataclasses.replace(tables, feedback=str(folder)), place)["reused"]
+
+
+def test_feedback_that_is_nowhere_is_said(tmp_path: Path, tables: Config) -> None:
+    with pytest.raises(DataError, match="no folder"):
+        ingest("files", dataclasses.replace(tables, feedback=str(tmp_path / "none")), workspace(tmp_path / "one"))
