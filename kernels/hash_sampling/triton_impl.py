@@ -20,7 +20,6 @@ from torch.autograd.function import once_differentiable
 
 from couturier.kernels import dispatch
 
-
 # Tiles to time on a GPU. The first is what runs where nothing can be timed: under the interpreter.
 CONFIGS = [
     triton.Config({"L": rows}, num_warps=warps, num_stages=2) for rows, warps in ((32, 8), (64, 4), (64, 8), (128, 8))
