@@ -1,8 +1,8 @@
 """Events that the service collected, joined to what an adapter read: the loop from serving back to ingestion.
 
 A feedback line is an event in contract form, and more (``event_id``, ``model``, how a picture was drawn). An answer to
-a drawn picture counts for the real item nearest to it. A line that is no event (cut short, a field missing) cannot become
-a row: it is named in the warnings, with its file and number, and stays where it lies.
+a drawn picture counts for the real item nearest to it. A line that is no event (cut short, a field missing) cannot
+become a row: it is named in the warnings, with its file and number, and stays where it lies.
 """
 
 from __future__ import annotations

@@ -199,7 +199,9 @@ def _write_parquet(frame: pl.DataFrame, path: Path) -> None:
 def _meta(raw: RawTables, settings: Config, rows: dict[str, int]) -> dict[str, Any]:
     """What travels with the data. Folders stay out, since they differ from machine to machine."""
     kept = dataclasses.asdict(settings)
-    folders = ("folder", "events", "items", "users", "pictures", "feedback")
+    if not settings.feedback:
+        del kept["feedback"]  # data without feedback is what it was before feedback could be joined
+    folders = ("folder", "events", "items", "users", "pictures", *(("feedback",) if settings.feedback else ()))
     named = {name: Path(kept[name]).name for name in folders}
     return {
         **raw.meta,
