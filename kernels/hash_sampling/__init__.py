@@ -135,7 +135,7 @@ def append(
     return table + more
 
 
-def lookup(table: Tensor, candidates_Rd: Tensor, planes_dGb: Tensor, *, row_user: Tensor | None = None) -> Tensor:
+def lookup(table: Tensor, candidates: Tensor, planes_dGb: Tensor, *, row_user: Tensor | None = None) -> Tensor:
     """What each candidate finds in its user's table: the mean over groups of the L2-normalised sum in its bucket.
 
     ``out_r = (1 / G) sum_g y / |y|`` with ``y = table[row_user_r, g, sig_g(candidate_r)]``; an empty bucket, or a sum
@@ -143,11 +143,11 @@ def lookup(table: Tensor, candidates_Rd: Tensor, planes_dGb: Tensor, *, row_user
 
     Args:
         table: from :func:`bucket_table`.
-        candidates_Rd: hashed with the same planes.
-        row_user: int64 ``[R]``, whose table each candidate reads; may be left out where R = U, one candidate a user.
+        candidates: ``[R, d]``, or ``[U, C, d]`` with as many for everyone; hashed with the same planes.
+        row_user: int64 ``[R]``, whose table each of ``[R, d]`` reads; None: row r reads that of user r.
 
     Returns:
-        ``[R, e]`` in the table's dtype. Gradients flow to the table, not to the candidates.
+        ``[R, e]`` (``[U, C, e]``) in the table's dtype. Gradients flow to the table, not to the candidates.
 
     Raises:
         KernelError, KernelTypeError: a shape or a dtype does not fit.
@@ -158,23 +158,24 @@ def lookup(table: Tensor, candidates_Rd: Tensor, planes_dGb: Tensor, *, row_user
         >>> lookup(table, torch.tensor([[9.0], [-9.0]]), planes, row_user=torch.tensor([0, 0])).flatten().tolist()
         [1.0, -1.0]
     """
-    _check_planes(planes_dGb, candidates_Rd, "candidates")
     groups, bits = planes_dGb.shape[1:]
     check_axes({"G": groups, "2^b": 2**bits}, table=(table, "U G 2^b e"))
     check_floats(table=table)
     if table.dtype not in (torch.float32, torch.float64):
         raise KernelTypeError(f"table has dtype {table.dtype}; wanted torch.float32, as bucket_table() returns it")
-    if table.device != candidates_Rd.device:
-        raise KernelError(f"table is on {table.device}, but candidates is on {candidates_Rd.device}; move one of them")
-    row_user = _rows(row_user, candidates_Rd, table.shape[0])
+    if table.device != candidates.device:
+        raise KernelError(f"table is on {table.device}, but candidates is on {candidates.device}; move one of them")
+    candidates_Rd, row_user = _rows(candidates, row_user, table.shape[0], planes_dGb.shape[0])
+    _check_planes(planes_dGb, candidates_Rd, "candidates")
     uncovered = _uncovered(planes_dGb, candidates_Rd, table)
     run = dispatch.implementation("hash_sampling", candidates_Rd, uncovered=uncovered)
     with _full_width(candidates_Rd):
-        return run.lookup(table, candidates_Rd, planes_dGb, row_user)
+        out_Re: Tensor = run.lookup(table, candidates_Rd, planes_dGb, row_user)
+    return out_Re.view(*candidates.shape[:-1], table.shape[3])
 
 
 def hash_sampling(
-    candidates_Rd: Tensor,
+    candidates: Tensor,
     behaviours_Nd: Tensor,
     offsets: Tensor,
     planes_dGb: Tensor,
@@ -190,7 +191,7 @@ def hash_sampling(
         As in :func:`bucket_table` and :func:`lookup`.
 
     Returns:
-        ``[R, e]``. Gradients flow to the values (the behaviours, if no values are given), not to the candidates.
+        ``[R, e]`` (``[U, C, e]``). Gradients flow to the values (else the behaviours), not to the candidates.
 
     Raises:
         KernelError, KernelTypeError: a shape or a dtype does not fit.
@@ -202,13 +203,13 @@ def hash_sampling(
     """
     values_Ne = behaviours_Nd if values_Ne is None else values_Ne
     users = _check_behaviours(behaviours_Nd, values_Ne, offsets, planes_dGb)
-    check_axes({"d": planes_dGb.shape[0]}, candidates=(candidates_Rd, "R d"))
-    check_floats(candidates=candidates_Rd, behaviours=behaviours_Nd)
-    row_user = _rows(row_user, candidates_Rd, users)
+    check_floats(candidates=candidates, behaviours=behaviours_Nd)
+    candidates_Rd, row_user = _rows(candidates, row_user, users, planes_dGb.shape[0])
     uncovered = _uncovered(planes_dGb, behaviours_Nd, values_Ne)
     run = dispatch.implementation("hash_sampling", behaviours_Nd, uncovered=uncovered)
     with _full_width(behaviours_Nd):
-        return run.hash_sampling(candidates_Rd, behaviours_Nd, values_Ne, offsets, planes_dGb, row_user)
+        out_Re: Tensor = run.hash_sampling(candidates_Rd, behaviours_Nd, values_Ne, offsets, planes_dGb, row_user)
+    return out_Re.view(*candidates.shape[:-1], values_Ne.shape[1])
 
 
 def _check_planes(planes_dGb: Tensor, x_Nd: Tensor, name: str) -> None:
@@ -228,15 +229,21 @@ def _check_behaviours(behaviours_Nd: Tensor, values_Ne: Tensor, offsets: Tensor,
     return check_offsets(offsets, behaviours_Nd.shape[0], of="behaviours")
 
 
-def _rows(row_user: Tensor | None, candidates_Rd: Tensor, users: int) -> Tensor:
-    rows = candidates_Rd.shape[0]
+def _rows(candidates: Tensor, row_user: Tensor | None, users: int, width: int) -> tuple[Tensor, Tensor]:
+    """Candidates as rows ``[R, d]``, and the user of each."""
+    if candidates.dim() == 3:
+        if row_user is not None:
+            raise KernelError("row_user goes with candidates [R, d]; [U, C, d] says by its place whose each is")
+        each = check_axes({"U": users, "d": width}, candidates=(candidates, "U C d"))["C"]
+        return candidates.flatten(0, 1), torch.arange(users, device=candidates.device).repeat_interleave(each)
+    rows = check_axes({"d": width}, candidates=(candidates, "R d"))["R"]
     if row_user is None:
         if rows != users:
             raise KernelError(f"there are {rows} candidates and {users} users; say whose each is with row_user [R]")
-        return torch.arange(rows, device=candidates_Rd.device)
+        return candidates, torch.arange(rows, device=candidates.device)
     check_axes({"R": rows}, row_user=(row_user, "R"))
-    check_index(row_user, users, name="row_user", of="the users of the table")
-    return row_user
+    check_index(row_user, users, name="row_user", of="the users")
+    return candidates, row_user
 
 
 def _full_width(x: Tensor) -> AbstractContextManager[object]:

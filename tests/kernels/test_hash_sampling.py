@@ -192,6 +192,19 @@ def test_one_behaviour_is_found_as_its_direction() -> None:
     assert torch.allclose(out, x / 5)
 
 
+def test_as_many_candidates_for_everyone() -> None:
+    g = torch.Generator().manual_seed(9)
+    x, candidates, planes = torch.randn(9, 4, generator=g), torch.randn(3, 2, 4, generator=g), random_planes(4)
+    offsets = torch.tensor([0, 4, 4, 9])
+    rows = hash_sampling(candidates.flatten(0, 1), x, offsets, planes, row_user=torch.tensor([0, 0, 1, 1, 2, 2]))
+    assert torch.equal(hash_sampling(candidates, x, offsets, planes), rows.view(3, 2, 4))
+    served = lookup(bucket_table(x, offsets, planes), candidates, planes)
+    assert torch.allclose(served, rows.view(3, 2, 4), atol=1e-6)
+    assert hash_sampling(candidates[:, :0], x, offsets, planes).shape == (3, 0, 4)
+    with pytest.raises(KernelError, match="row_user goes with candidates"):
+        hash_sampling(candidates, x, offsets, planes, row_user=torch.tensor([0, 1, 2]))
+
+
 def test_automatic_casting_changes_no_bit() -> None:
     g = torch.Generator().manual_seed(8)
     x, planes = torch.randn(4000, 8, generator=g), random_planes(8)
