@@ -10,6 +10,7 @@ signatures, P pairs of a candidate and a behaviour of its user, M entries (a beh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,8 +48,7 @@ def bucket_table(behaviours_Nd: Tensor, values_Ne: Tensor, offsets: Tensor, plan
     lists = _Lists(
         row_M=order_M // groups,
         start=_starts(bucket_NG.view(-1), buckets),
-        list_M=bucket_NG.view(-1),
-        row_start=torch.arange(0, behaviours * groups, groups, device=offsets.device),
+        turned=lambda: (bucket_NG.view(-1), _every(groups, bucket_NG)),
     )
     sums: Tensor = _ListSums.apply(_wide(values_Ne), lists)
     return sums.view(users, groups, 1 << bits, e)
@@ -63,12 +63,10 @@ def lookup(table: Tensor, candidates_Rd: Tensor, planes_dGb: Tensor, row_user: T
         found_RGe = table.flatten(0, 2).index_select(0, bucket_RG.view(-1)).view(rows, groups, e)
         return _normalised(found_RGe).mean(1)
     # Fewer buckets than look-ups: normalise each bucket once.
-    order_M = bucket_RG.view(-1).argsort(stable=True)
     lists = _Lists(
         row_M=bucket_RG.view(-1),
-        start=torch.arange(0, rows * groups, groups, device=row_user.device),
-        list_M=order_M // groups,
-        row_start=_starts(bucket_RG.view(-1), buckets),
+        start=_every(groups, bucket_RG),
+        turned=lambda: (bucket_RG.view(-1).argsort(stable=True) // groups, _starts(bucket_RG.view(-1), buckets)),
     )
     found: Tensor = _ListSums.apply(_normalised(table.flatten(0, 2)), lists)
     return found / groups
@@ -98,8 +96,7 @@ def hash_sampling(
     lists = _Lists(
         row_M=row_M,
         start=_starts(list_M, groups * rows),
-        list_M=list_M[row_M.argsort(stable=True)],
-        row_start=_starts(row_M, behaviours),
+        turned=lambda: (list_M[row_M.argsort(stable=True)], _starts(row_M, behaviours)),
     )
     sums: Tensor = _ListSums.apply(_wide(values_Ne), lists)
     return _normalised(sums.view(groups, rows, e)).mean(0)
@@ -107,16 +104,14 @@ def hash_sampling(
 
 @dataclass(frozen=True, kw_only=True)
 class _Lists:
-    """Lists of rows of a matrix, and the same seen from the rows: which lists hold each."""
+    """Lists of rows of a matrix: entry m is a row in a list."""
 
     row_M: Tensor
     """The rows of all lists, list after list."""
     start: Tensor
     """Where each list starts among them."""
-    list_M: Tensor
-    """The lists of all rows, row after row."""
-    row_start: Tensor
-    """Where each row starts among those."""
+    turned: Callable[[], tuple[Tensor, Tensor]]
+    """For the backward, the same seen from the rows: the lists of all rows, row after row, and where each row starts."""
 
 
 class _ListSums(torch.autograd.Function):
@@ -130,7 +125,8 @@ class _ListSums(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return _bag(ctx.lists.list_M, g.contiguous(), ctx.lists.row_start), None
+        list_M, row_start = ctx.lists.turned()
+        return _bag(list_M, g.contiguous(), row_start), None
 
 
 def _bag(rows: Tensor, x: Tensor, start: Tensor) -> Tensor:
@@ -143,6 +139,11 @@ def _starts(list_M: Tensor, lists: int) -> Tensor:
     """Where each list starts once its entries are sorted."""
     counts = torch.bincount(list_M, minlength=lists)
     return counts.cumsum(0) - counts
+
+
+def _every(groups: int, bucket_NG: Tensor) -> Tensor:
+    """Where each list starts that is a row of ``[N, G]``."""
+    return torch.arange(0, bucket_NG.numel(), groups, device=bucket_NG.device)
 
 
 def _bucket(user: Tensor, signature_NG: Tensor, groups: int, bits: int) -> Tensor:
