@@ -18,6 +18,9 @@ from couturier.components.interest.base import ContentJudge, JudgeConfig
 from couturier.components.interest.encoder import EncoderConfig, TileEncoder
 from couturier.components.interest.items import Content, FeatureConfig
 from couturier.components.interest.judges.attention import AttentionConfig, AttentionJudge
+from couturier.components.interest.judges.dare import DareConfig, DareJudge
+from couturier.components.interest.judges.hcn import HcnConfig, HcnJudge
+from couturier.components.interest.judges.tin import TinConfig, TinJudge
 from couturier.components.interest.types import HistoryBatch
 
 
@@ -26,6 +29,9 @@ class JudgeSettings:
     """The settings of every judge, each under its own name; only those of the judge in use count."""
 
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    dare: DareConfig = field(default_factory=DareConfig)
+    hcn: HcnConfig = field(default_factory=HcnConfig)
+    tin: TinConfig = field(default_factory=TinConfig)
 
     def settings_of(self, name: str) -> JudgeConfig:
         """The settings of a judge.
@@ -38,7 +44,15 @@ class JudgeSettings:
         return settings
 
 
-JUDGES: dict[str, type[ContentJudge]] = {judge.name: judge for judge in (AttentionJudge,)}
+JUDGES: dict[str, type[ContentJudge]] = {
+    judge.name: judge
+    for judge in (
+        AttentionJudge,
+        TinJudge,
+        DareJudge,
+        HcnJudge,
+    )
+}
 WEIGHTS, SETTINGS = "judge.safetensors", "judge.json"
 
 
