@@ -55,8 +55,8 @@ def random_planes(width: int, *, groups: int = GROUPS, bits: int = BITS, seed: i
     return torch.randn(width, groups, bits, generator=torch.Generator().manual_seed(seed))
 
 
-def signatures(x_Nd: Tensor, planes_dGb: Tensor) -> Tensor:
-    """On which side of each plane a vector lies: int64 ``[N, G]``, bit i of an entry is ``x . plane_i > 0``.
+def signatures(x: Tensor, planes: Tensor) -> Tensor:
+    """On which side of each plane each row of ``[N, d]`` lies: int64 ``[N, G]``, bit i of an entry is ``x . plane_i > 0``.
 
     Two vectors at angle ``theta`` share a signature with probability ``(1 - theta / pi) ** b``. The length of a vector
     plays no part. A vector of zeros has signature 0.
@@ -69,25 +69,23 @@ def signatures(x_Nd: Tensor, planes_dGb: Tensor) -> Tensor:
         >>> signatures(torch.tensor([[2.0, 3.0], [-1.0, 5.0]]), planes).tolist()
         [[3], [2]]
     """
-    _check_planes(planes_dGb, x_Nd, "x")
-    run = dispatch.implementation("hash_sampling", x_Nd, uncovered=_uncovered(planes_dGb, x_Nd))
-    with _full_width(x_Nd):
-        return run.signatures(x_Nd, planes_dGb)
+    _check_planes(planes, x, "x")
+    run = dispatch.implementation("hash_sampling", x, uncovered=_uncovered(planes, x))
+    with _full_width(x):
+        return run.signatures(x, planes)
 
 
-def bucket_table(
-    behaviours_Nd: Tensor, offsets: Tensor, planes_dGb: Tensor, *, values_Ne: Tensor | None = None
-) -> Tensor:
+def bucket_table(behaviours: Tensor, offsets: Tensor, planes: Tensor, *, values: Tensor | None = None) -> Tensor:
     """For each user, group and signature, the sum of the values of the behaviours that have it.
 
     ``table[u, g, s] = sum over j of user u with sig_g(behaviour_j) = s of value_j``. Sums, not means and not yet
     normalised: that is what :func:`append` can add to. Gradients flow to the values, not through the bits.
 
     Args:
-        behaviours_Nd: what is hashed.
+        behaviours: ``[N, d]``, what is hashed: of all users, one after another.
         offsets: int64 ``[U + 1]``; user u has the rows ``offsets[u]`` to ``offsets[u + 1]``, possibly none.
-        planes_dGb: from :func:`random_planes`.
-        values_Ne: what is summed; the behaviours themselves if not given, as in the paper.
+        planes: ``[d, G, b]``, from :func:`random_planes`.
+        values: ``[N, e]``, what is summed; the behaviours themselves if not given, as in the paper.
 
     Returns:
         ``[U, G, 2 ** b, e]``, float32 (float64 for float64 values). Its size does not depend on N.
@@ -100,21 +98,21 @@ def bucket_table(
         >>> bucket_table(torch.tensor([[1.0], [2.0], [-5.0]]), torch.tensor([0, 3]), planes).flatten().tolist()
         [-5.0, 3.0]
     """
-    values_Ne = behaviours_Nd if values_Ne is None else values_Ne
-    _check_behaviours(behaviours_Nd, values_Ne, offsets, planes_dGb)
-    uncovered = _uncovered(planes_dGb, behaviours_Nd, values_Ne)
-    run = dispatch.implementation("hash_sampling", behaviours_Nd, uncovered=uncovered)
-    with _full_width(behaviours_Nd):
-        return run.bucket_table(behaviours_Nd, values_Ne, offsets, planes_dGb)
+    values = behaviours if values is None else values
+    _check_behaviours(behaviours, values, offsets, planes)
+    uncovered = _uncovered(planes, behaviours, values)
+    run = dispatch.implementation("hash_sampling", behaviours, uncovered=uncovered)
+    with _full_width(behaviours):
+        return run.bucket_table(behaviours, values, offsets, planes)
 
 
 def append(
     table: Tensor,
-    behaviours_Nd: Tensor,
+    behaviours: Tensor,
     offsets: Tensor,
-    planes_dGb: Tensor,
+    planes: Tensor,
     *,
-    values_Ne: Tensor | None = None,
+    values: Tensor | None = None,
 ) -> Tensor:
     """The table after these further behaviours, without reading the earlier ones. The old table stays as it is.
 
@@ -129,13 +127,13 @@ def append(
         >>> append(table, torch.tensor([[-7.0]]), one_user, planes).flatten().tolist()
         [-7.0, 2.0]
     """
-    more = bucket_table(behaviours_Nd, offsets, planes_dGb, values_Ne=values_Ne)
+    more = bucket_table(behaviours, offsets, planes, values=values)
     if more.shape != table.shape:
         raise KernelError(f"table has shape {tuple(table.shape)}; these behaviours and planes make {tuple(more.shape)}")
     return table + more
 
 
-def lookup(table: Tensor, candidates: Tensor, planes_dGb: Tensor, *, row_user: Tensor | None = None) -> Tensor:
+def lookup(table: Tensor, candidates: Tensor, planes: Tensor, *, row_user: Tensor | None = None) -> Tensor:
     """What each candidate finds in its user's table: the mean over groups of the L2-normalised sum in its bucket.
 
     ``out_r = (1 / G) sum_g y / |y|`` with ``y = table[row_user_r, g, sig_g(candidate_r)]``; an empty bucket, or a sum
@@ -158,29 +156,29 @@ def lookup(table: Tensor, candidates: Tensor, planes_dGb: Tensor, *, row_user: T
         >>> lookup(table, torch.tensor([[9.0], [-9.0]]), planes, row_user=torch.tensor([0, 0])).flatten().tolist()
         [1.0, -1.0]
     """
-    groups, bits = planes_dGb.shape[1:]
+    groups, bits = planes.shape[1:]
     check_axes({"G": groups, "2^b": 2**bits}, table=(table, "U G 2^b e"))
     check_floats(table=table)
     if table.dtype not in (torch.float32, torch.float64):
         raise KernelTypeError(f"table has dtype {table.dtype}; wanted torch.float32, as bucket_table() returns it")
     if table.device != candidates.device:
         raise KernelError(f"table is on {table.device}, but candidates is on {candidates.device}; move one of them")
-    candidates_Rd, row_user = _rows(candidates, row_user, table.shape[0], planes_dGb.shape[0])
-    _check_planes(planes_dGb, candidates_Rd, "candidates")
-    uncovered = _uncovered(planes_dGb, candidates_Rd, table)
+    candidates_Rd, row_user = _rows(candidates, row_user, table.shape[0], planes.shape[0])
+    _check_planes(planes, candidates_Rd, "candidates")
+    uncovered = _uncovered(planes, candidates_Rd, table)
     run = dispatch.implementation("hash_sampling", candidates_Rd, uncovered=uncovered)
     with _full_width(candidates_Rd):
-        out_Re: Tensor = run.lookup(table, candidates_Rd, planes_dGb, row_user)
+        out_Re: Tensor = run.lookup(table, candidates_Rd, planes, row_user)
     return out_Re.view(*candidates.shape[:-1], table.shape[3])
 
 
 def hash_sampling(
     candidates: Tensor,
-    behaviours_Nd: Tensor,
+    behaviours: Tensor,
     offsets: Tensor,
-    planes_dGb: Tensor,
+    planes: Tensor,
     *,
-    values_Ne: Tensor | None = None,
+    values: Tensor | None = None,
     row_user: Tensor | None = None,
 ) -> Tensor:
     """:func:`lookup` of :func:`bucket_table` without a table: the interest of a user in each candidate, for training.
@@ -201,32 +199,32 @@ def hash_sampling(
         >>> hash_sampling(torch.tensor([[9.0]]), torch.tensor([[1.0], [2.0], [-5.0]]), offsets, planes).tolist()
         [[1.0]]
     """
-    values_Ne = behaviours_Nd if values_Ne is None else values_Ne
-    users = _check_behaviours(behaviours_Nd, values_Ne, offsets, planes_dGb)
-    check_floats(candidates=candidates, behaviours=behaviours_Nd)
-    candidates_Rd, row_user = _rows(candidates, row_user, users, planes_dGb.shape[0])
-    uncovered = _uncovered(planes_dGb, behaviours_Nd, values_Ne)
-    run = dispatch.implementation("hash_sampling", behaviours_Nd, uncovered=uncovered)
-    with _full_width(behaviours_Nd):
-        out_Re: Tensor = run.hash_sampling(candidates_Rd, behaviours_Nd, values_Ne, offsets, planes_dGb, row_user)
-    return out_Re.view(*candidates.shape[:-1], values_Ne.shape[1])
+    values = behaviours if values is None else values
+    users = _check_behaviours(behaviours, values, offsets, planes)
+    check_floats(candidates=candidates, behaviours=behaviours)
+    candidates_Rd, row_user = _rows(candidates, row_user, users, planes.shape[0])
+    uncovered = _uncovered(planes, behaviours, values)
+    run = dispatch.implementation("hash_sampling", behaviours, uncovered=uncovered)
+    with _full_width(behaviours):
+        out_Re: Tensor = run.hash_sampling(candidates_Rd, behaviours, values, offsets, planes, row_user)
+    return out_Re.view(*candidates.shape[:-1], values.shape[1])
 
 
-def _check_planes(planes_dGb: Tensor, x_Nd: Tensor, name: str) -> None:
-    check_axes(planes=(planes_dGb, "d G b"), **{name: (x_Nd, "N d")})
-    check_floats(planes=planes_dGb)
-    check_floats(**{name: x_Nd})
-    if planes_dGb.device != x_Nd.device:
-        raise KernelError(f"planes is on {planes_dGb.device}, but {name} is on {x_Nd.device}; move one of them")
-    if not 1 <= planes_dGb.shape[2] <= MOST_BITS:
-        raise KernelError(f"planes [d, G, b] has b = {planes_dGb.shape[2]} bits; wanted 1 to {MOST_BITS}")
+def _check_planes(planes: Tensor, x: Tensor, name: str) -> None:
+    check_axes(planes=(planes, "d G b"), **{name: (x, "N d")})
+    check_floats(planes=planes)
+    check_floats(**{name: x})
+    if planes.device != x.device:
+        raise KernelError(f"planes is on {planes.device}, but {name} is on {x.device}; move one of them")
+    if not 1 <= planes.shape[2] <= MOST_BITS:
+        raise KernelError(f"planes [d, G, b] has b = {planes.shape[2]} bits; wanted 1 to {MOST_BITS}")
 
 
-def _check_behaviours(behaviours_Nd: Tensor, values_Ne: Tensor, offsets: Tensor, planes_dGb: Tensor) -> int:
-    _check_planes(planes_dGb, behaviours_Nd, "behaviours")
-    check_axes(behaviours=(behaviours_Nd, "N d"), values=(values_Ne, "N e"))
-    check_floats(behaviours=behaviours_Nd, values=values_Ne)
-    return check_offsets(offsets, behaviours_Nd.shape[0], of="behaviours")
+def _check_behaviours(behaviours: Tensor, values: Tensor, offsets: Tensor, planes: Tensor) -> int:
+    _check_planes(planes, behaviours, "behaviours")
+    check_axes(behaviours=(behaviours, "N d"), values=(values, "N e"))
+    check_floats(behaviours=behaviours, values=values)
+    return check_offsets(offsets, behaviours.shape[0], of="behaviours")
 
 
 def _rows(candidates: Tensor, row_user: Tensor | None, users: int, width: int) -> tuple[Tensor, Tensor]:
@@ -251,10 +249,10 @@ def _full_width(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def _uncovered(planes_dGb: Tensor, *rows: Tensor) -> str | None:
+def _uncovered(planes: Tensor, *rows: Tensor) -> str | None:
     """Why the triton kernel does not cover this call."""
-    groups, bits = planes_dGb.shape[1:]
-    if any(x.dtype == torch.float64 for x in (planes_dGb, *rows)):
+    groups, bits = planes.shape[1:]
+    if any(x.dtype == torch.float64 for x in (planes, *rows)):
         return "float64"
     if any(x.shape[-1] > TRITON_WIDTH for x in rows):
         return f"rows wider than {TRITON_WIDTH}"

@@ -111,7 +111,7 @@ class _Lists:
     start: Tensor
     """Where each list starts among them."""
     turned: Callable[[], tuple[Tensor, Tensor]]
-    """For the backward, the same seen from the rows: the lists of all rows, row after row, and where each row starts."""
+    """For the backward, the same seen from the rows: the lists of all, row after row, and where each row starts."""
 
 
 class _ListSums(torch.autograd.Function):

@@ -23,7 +23,7 @@ def linear_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    slopes_H: Tensor,
+    slopes: Tensor,
     *,
     initial_state: Tensor | None = None,
     offsets: Tensor | None = None,
@@ -39,7 +39,7 @@ def linear_attention(
     Args:
         q, k: ``[B, T, H, D]``, time before heads; or ``[N, H, D]`` for jagged sequences, with ``offsets``.
         v: ``[B, T, H, E]`` or ``[N, H, E]``.
-        slopes_H: ``[H]``, not negative: decay a token is ``exp(-slope)``, so 0 keeps everything.
+        slopes: ``[H]``, not negative: decay a token is ``exp(-slope)``, so 0 keeps everything.
         initial_state: ``[B, H, D, E]``, what the sequences left behind so far, or None for nothing. A jagged call has
             as many states as sequences. float32, or float64 where q is float64.
         offsets: int64 ``[B + 1]``: sequence b is the rows ``offsets[b]`` to ``offsets[b + 1]``. May be empty.
@@ -68,7 +68,7 @@ def linear_attention(
     else:
         sizes = check_axes(q=(q, "N H D"), k=(k, "N H D"), v=(v, "N H E"))
         sequences, length = check_offsets(offsets, sizes["N"], of="q"), None
-    _check_slopes(slopes_H, sizes["H"], q)
+    _check_slopes(slopes, sizes["H"], q)
     if chunk < 1:
         raise KernelError(f"chunk is {chunk}; wanted at least 1 (the default is {CHUNK})")
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -87,21 +87,19 @@ def linear_attention(
     run = dispatch.implementation("linear_attention", q, uncovered=_uncovered(sizes, q))
     # The products are in float32 for the sake of the state; automatic casting would undo that.
     with torch.autocast(q.device.type, enabled=False):
-        out, state = run.linear_attention(*rows, slopes_H.to(wide), initial_state, offsets, length, chunk)
+        out, state = run.linear_attention(*rows, slopes.to(wide), initial_state, offsets, length, chunk)
     return out.view(v.shape), state
 
 
-def _check_slopes(slopes_H: Tensor, heads: int, q: Tensor) -> None:
-    check_axes({"H": heads}, slopes_H=(slopes_H, "H"))
-    check_floats(slopes_H=slopes_H)
-    if slopes_H.device != q.device:
-        raise KernelError(f"slopes_H is on {slopes_H.device}, but q is on {q.device}; move one of them")
-    if slopes_H.requires_grad:
-        raise KernelError(
-            "slopes_H wants a gradient, but decay is a constant of the model here; pass slopes_H.detach()"
-        )
-    if slopes_H.device.type == "cpu" and not bool((slopes_H >= 0).all()):
-        raise KernelError(f"slopes_H has the value {float(slopes_H.min())}; wanted 0 or more (decay is exp(-slope))")
+def _check_slopes(slopes: Tensor, heads: int, q: Tensor) -> None:
+    check_axes({"H": heads}, slopes=(slopes, "H"))
+    check_floats(slopes=slopes)
+    if slopes.device != q.device:
+        raise KernelError(f"slopes is on {slopes.device}, but q is on {q.device}; move one of them")
+    if slopes.requires_grad:
+        raise KernelError("slopes wants a gradient, but decay is a constant of the model here; pass slopes.detach()")
+    if slopes.device.type == "cpu" and not bool((slopes >= 0).all()):
+        raise KernelError(f"slopes has the value {float(slopes.min())}; wanted 0 or more (decay is exp(-slope))")
 
 
 def _uncovered(sizes: dict[str, int], q: Tensor) -> str | None:

@@ -53,12 +53,12 @@ def test_table_direct_and_definition_are_equal(
     planes, offsets = random_planes(5, groups=groups, bits=bits, seed=seed), torch.tensor([0, *lengths]).cumsum(0)
     row_user = torch.tensor([row % len(lengths) for row in rows], dtype=torch.int64)
     with dispatch.use("reference"):
-        wanted_table = bucket_table(x, offsets, planes, values_Ne=values)
-        wanted = hash_sampling(candidates, x, offsets, planes, values_Ne=values, row_user=row_user)
-    table = bucket_table(x, offsets, planes, values_Ne=values)
+        wanted_table = bucket_table(x, offsets, planes, values=values)
+        wanted = hash_sampling(candidates, x, offsets, planes, values=values, row_user=row_user)
+    table = bucket_table(x, offsets, planes, values=values)
     assert torch.equal(table, wanted_table)
     served = lookup(table, candidates, planes, row_user=row_user)
-    direct = hash_sampling(candidates, x, offsets, planes, values_Ne=values, row_user=row_user)
+    direct = hash_sampling(candidates, x, offsets, planes, values=values, row_user=row_user)
     for got in (served, direct):
         assert torch.allclose(got, wanted, atol=1e-6, rtol=0)
 
@@ -103,16 +103,16 @@ def test_the_gradient_is_the_derivative_and_stops_at_the_bits() -> None:
     row_user = torch.tensor([1, 0, 0, 1])
 
     def direct(v: Tensor) -> Tensor:
-        return hash_sampling(candidates, x, offsets, planes, values_Ne=v, row_user=row_user)
+        return hash_sampling(candidates, x, offsets, planes, values=v, row_user=row_user)
 
     def served(v: Tensor) -> Tensor:
-        return lookup(bucket_table(x, offsets, planes, values_Ne=v), candidates, planes, row_user=row_user)
+        return lookup(bucket_table(x, offsets, planes, values=v), candidates, planes, row_user=row_user)
 
     assert torch.autograd.gradcheck(direct, (values,))
     assert torch.autograd.gradcheck(served, (values,))
     x.requires_grad_()
     candidates.requires_grad_()
-    loss = hash_sampling(candidates, x, offsets, planes, values_Ne=values, row_user=row_user).sum()
+    loss = hash_sampling(candidates, x, offsets, planes, values=values, row_user=row_user).sum()
     assert torch.autograd.grad(loss, (x, candidates), allow_unused=True) == (None, None)
 
 

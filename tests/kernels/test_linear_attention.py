@@ -194,11 +194,11 @@ def test_what_does_not_fit_is_said() -> None:
         linear_attention(q, k.transpose(1, 2), v, slopes)
     with pytest.raises(KernelTypeError, match="k has dtype torch.float64"):
         linear_attention(q, k.double(), v, slopes)
-    with pytest.raises(KernelError, match="slopes_H has the value -1"):
+    with pytest.raises(KernelError, match="slopes has the value -1"):
         linear_attention(q, k, v, -torch.ones(3))
-    with pytest.raises(KernelError, match="slopes_H has the value nan"):
+    with pytest.raises(KernelError, match="slopes has the value nan"):
         linear_attention(q, k, v, torch.full((3,), torch.nan))
-    with pytest.raises(KernelError, match="slopes_H wants a gradient"):
+    with pytest.raises(KernelError, match="slopes wants a gradient"):
         linear_attention(q, k, v, slopes.requires_grad_())
     with pytest.raises(KernelError, match="ends at 7, but q has 10 rows"):
         linear_attention(*(x.flatten(0, 1) for x in (q, k, v)), slopes_tnl(3), offsets=torch.tensor([0, 7]))
