@@ -99,7 +99,7 @@ def compare(split: Split, options: argparse.Namespace, say: runner.Say) -> list[
             for model in models
             if model.peer in peers and (options.models == "all" or model.name in options.models.split(","))
         )
-        wanted += tuple(ours.model(name, form) for name in ours.known(judges))
+        wanted += tuple(ours.model(name, form, repeats="basket" in split.tasks) for name in ours.known(judges))
         rows = runner.rows(runner.Runner(split, cache, plan, say), wanted, form, say)
         for row in rows:
             row.form = f"{split.name}/{form}"

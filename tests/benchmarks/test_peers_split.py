@@ -26,9 +26,9 @@ def world(*, repeats: bool) -> Source:
         left = random.permutation(ITEMS) + 1
         for group in range(6):
             size = int(random.integers(1, 5))
-            items = random.choice(ITEMS, size, replace=False) + 1 if repeats else left[:size]
+            taken = random.choice(ITEMS, size, replace=False) + 1 if repeats else left[:size]
             left = left[size:]
-            rows += [(user, int(item), group, (1 + group) * 86_400_000_000 + user) for item in items]
+            rows += [(user, int(item), group, (1 + group) * 86_400_000_000 + user) for item in taken]
     names = {"user": pl.Int64, "item": pl.Int64, "group": pl.Int64, "timestamp_us": pl.Int64}
     items = pl.DataFrame({"item": range(1, ITEMS + 1)}).with_columns(
         pl.col("item").cast(pl.String).alias("item_id"),

@@ -47,15 +47,20 @@ _CLICK: dict[str, Any] = {
 }
 
 
-def model(name: str, form: str) -> Model:
-    """A judge with the settings that may be tried for it on a form, the default first."""
+def model(name: str, form: str, *, repeats: bool = False) -> Model:
+    """A judge with the settings that may be tried for it on a form, the default first.
+
+    Where people take things again, judges that learn from candidates are shown favourites.
+    """
     kind = form.partition("-")[0]
     if kind == "ctr":
-        first = _CLICK
+        first = {**_CLICK, "favourites": repeats and not JUDGES[name].every_position}
         grid = (first, {**first, "learning_rate": 1e-3}, {**first, "weight_decay": 0.3}, {**first, "history": 100})
         quick = {**first, "steps": 160, "eval_every": 80}
     else:
         first = _SEQUENCE if JUDGES[name].every_position else _TOPK
+        if repeats and not JUDGES[name].every_position:
+            first = {**first, "favourites": True, "positives": 4, "negative_kind": "popularity"}
         grid = (first, {**first, "learning_rate": 1e-3}, {**first, "weight_decay": 0.3}, {**first, "history": 100})
         quick = {key: value for key, value in first.items() if key != "patience"}
         quick |= {"steps": 200, "eval_every": 200, "epochs": 200}
@@ -70,7 +75,9 @@ def known(names: tuple[str, ...]) -> tuple[str, ...]:
 def source_digest() -> str:
     """A hash of the code that a judge's figures depend on, so that the cache forgets them when it changes."""
     root = Path(__file__).resolve().parents[3]
-    digest = hashlib.sha256(Path(__file__).with_name("ours_peer.py").read_bytes())
+    digest = hashlib.sha256()
+    for name in ("ours_peer.py", "our_examples.py"):
+        digest.update(Path(__file__).with_name(name).read_bytes())
     for folder in ("components/interest", "kernels"):
         for path in sorted((root / folder).rglob("*.py")):
             digest.update(path.read_bytes())

@@ -14,7 +14,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,14 @@ import torch
 
 from couturier.components.interest.base import ContentJudge
 from couturier.components.interest.encoder import word_bags, words_of
-from couturier.components.interest.items import Content, FeatureConfig
+from couturier.components.interest.items import Content
 from couturier.components.interest.judge import judge_class, make_judge
-from couturier.components.interest.log import Log, Shard, write_log
-from couturier.components.interest.log_examples import LogConfig, LogExamples, history_of, history_rows
+from couturier.components.interest.log import Log, write_log
+from couturier.components.interest.log_examples import LogExamples, history_rows
 from couturier.components.interest.loop import FitLoop, LoopConfig
 from couturier.components.interest.transitions import log_transitions
-from couturier.components.interest.types import HistoryBatch, TrainBatch
-from couturier.components.runtime import global_seed, seeded_numpy, threads
+from couturier.components.interest.types import TrainBatch
+from couturier.components.runtime import global_seed, threads
 
 from .adapter_io import (
     K,
@@ -46,61 +46,9 @@ from .adapter_io import (
     write_scores,
     write_topk,
 )
+from .our_examples import CtrExamples, History, Moments, Setting
 
-_LOOP = {field.name for field in fields(LoopConfig)}
-_LOG = {field.name for field in fields(LogConfig)}
 _USERS, _CANDIDATES, _VALID_USERS = 32, 512, 1000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """A run's settings, parted: ``judge`` is the judge's own config, the rest the loop's, the log's and the items'."""
-
-    loop: LoopConfig
-    log: LogConfig
-    features: FeatureConfig
-    judge: dict[str, Any]
-
-    @classmethod
-    def of(cls, config: dict[str, Any], seed: int, holdout: int = 0) -> Setting:
-        loop = {name: value for name, value in config.items() if name in _LOOP}
-        log = {name: value for name, value in config.items() if name in _LOG}
-        return cls(
-            loop=LoopConfig(**loop, seed=seed),
-            log=LogConfig(**log, holdout=holdout),
-            features=FeatureConfig(words=config.get("words", 16), ids=config.get("ids", 64)),
-            judge=config.get("judge", {}),
-        )
-
-
-class History:
-    """Everybody's events in memory, to read the histories of rows from."""
-
-    def __init__(self, events: dict[str, np.ndarray]) -> None:
-        starts = np.flatnonzero(np.r_[True, np.diff(events["user"]) != 0])
-        count = len(events["user"])
-        self.row_of = {int(user): place for place, user in enumerate(events["user"][starts])}
-        self.shard = Shard(
-            users_U=events["user"][starts],
-            offsets=np.r_[starts, count].astype(np.int64),
-            item_N=events["item"] - 1,
-            time_s_N=events["timestamp_us"] // 1_000_000,
-            kind_N=np.zeros(count, dtype=np.int8),
-            value_N=np.zeros(count, dtype=np.float32),
-        )
-
-    def batch(
-        self, users: np.ndarray, lengths: np.ndarray, now_s: np.ndarray, limit: int, items_ID: torch.Tensor
-    ) -> HistoryBatch:
-        """The newest ``limit`` of each user's first ``lengths`` events, seen from ``now_s``."""
-        rows = np.array([self.row_of[int(user)] for user in users])
-        begin = self.shard.offsets[:-1][rows]
-        index, offsets = history_rows(begin, begin + lengths, limit)
-        return history_of(self.shard, index, offsets, now_s, items_ID)
-
-    def lengths(self, users: np.ndarray) -> np.ndarray:
-        rows = np.array([self.row_of[int(user)] for user in users])
-        return self.shard.offsets[1:][rows] - self.shard.offsets[:-1][rows]
 
 
 def content(split: Path, counts: np.ndarray, width: int = 16) -> Content:
@@ -138,65 +86,16 @@ def contract_log(events: dict[str, np.ndarray], items: int, folder: Path) -> Log
     return write_log(folder / "events.parquet", [str(item).zfill(9) for item in range(1, items + 1)], folder / "log")
 
 
-class CtrExamples:
-    """Feeds a fit from the split's own rows: each positive with the negatives that the peers get."""
-
-    def __init__(self, rows: dict[str, np.ndarray], history: History, now_s: np.ndarray, setting: Setting) -> None:
-        self.each = 1 + int(np.argmax(rows["label"][1:] == 1))
-        self.items = rows["item"].reshape(-1, self.each) - 1
-        self.users, self.lengths = rows["user"][:: self.each], rows["seq_len"][:: self.each]
-        self.history, self.now_s, self.setting = history, now_s[:: self.each], setting
-        self.steps_an_epoch = max(1, len(self.users) // setting.log.batch)
-        self._chosen = np.zeros(0, dtype=np.int64)
-
-    def rows(self) -> list[int]:
-        return self._chosen.tolist()
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def seek(self, state: dict[str, Any]) -> None:
-        return None
-
-    def batch(self, judge: ContentJudge, step: int) -> TrainBatch:
-        """The batch of a step; every epoch has an order of its own."""
-        epoch, place = divmod(step, self.steps_an_epoch)
-        order = seeded_numpy(self.setting.loop.seed, "ctr", str(epoch)).permutation(len(self.users))
-        size = self.setting.log.batch
-        chosen = self._chosen = order[place * size : (place + 1) * size]
-        items_ID = judge.embed_items()
-        items_UC = torch.from_numpy(self.items[chosen])
-        limit = self.setting.log.history
-        return TrainBatch(
-            history=self.history.batch(self.users[chosen], self.lengths[chosen], self.now_s[chosen], limit, items_ID),
-            items_UC=items_UC,
-            candidates_UCD=items_ID[items_UC],
-            positives=1,
-        )
-
-    @torch.no_grad()
-    def scores(self, judge: ContentJudge) -> np.ndarray:
-        """Chances of being taken, a row each, in the order of the rows."""
-        items_ID, found = judge.embed_items(), []
-        for begin in range(0, len(self.users), 256):
-            part = slice(begin, begin + 256)
-            batch = self.history.batch(
-                self.users[part], self.lengths[part], self.now_s[part], self.setting.log.history, items_ID
-            )
-            found.append(judge.score(judge.encode(batch), items_ID[torch.from_numpy(self.items[part])]).sigmoid())
-        return torch.cat(found).double().numpy().ravel()
-
-
 @torch.no_grad()
 def ten_best(
-    judge: ContentJudge, history: History, users: np.ndarray, now_s: np.ndarray, limit: int, mask: bool
+    judge: ContentJudge, history: History, users: np.ndarray, now_s: np.ndarray, mask: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """``user, item, rank`` of everybody's ten best of the whole catalogue."""
     items_ID, lengths, found = judge.embed_items(), history.lengths(users), []
     size = 256 if judge.every_position else _USERS
     for begin in range(0, len(users), size):
         part = slice(begin, begin + size)
-        state = judge.encode(history.batch(users[part], lengths[part], now_s[part], limit, items_ID))
+        state = judge.encode(history.batch(users[part], lengths[part], now_s[part], items_ID))
         pieces = [items_ID] if judge.every_position else items_ID.split(_CANDIDATES)
         scores = torch.cat([judge.score_all(state, piece) for piece in pieces], dim=1).numpy().copy()
         if mask:
@@ -228,6 +127,14 @@ def fitted(
     return FitLoop(judge, examples, validate, setting.loop)
 
 
+def topk_examples(model: str, setting: Setting, log: Log, history: History, mask: bool) -> Any:
+    """The product's streamed log; or moments, where baskets are to be found and the judge learns from candidates."""
+    every_position = judge_class(model).every_position
+    if mask or every_position:
+        return LogExamples(setting.log, log, pieces=every_position, seed=setting.loop.seed)
+    return Moments(history, setting, log.items)
+
+
 def moments(split: Path, task: str, stage: str) -> tuple[np.ndarray, np.ndarray]:
     """Who is tested at a stage, and when the first thing to be found was taken, in seconds."""
     events = columns(split / f"topk-{task}.parquet")
@@ -239,27 +146,28 @@ def moments(split: Path, task: str, stage: str) -> tuple[np.ndarray, np.ndarray]
 def run_topk(args: Any, facts: dict[str, Any], scratch: Path) -> None:
     """Fit on the log of a stage and rank the catalogue for everybody."""
     task = args.form.removeprefix("topk-")
-    events, wanted, mask = fit_events(args.split, task, args.stage), truth(args.split, task, args.stage), False
+    events, wanted = fit_events(args.split, task, args.stage), truth(args.split, task, args.stage)
     mask = masked(args.split, task)
     items = pl.read_parquet(args.split / "items.parquet").height
-    setting, history = Setting.of(args.config, args.seed), History(events)
+    setting = Setting.of(args.config, args.seed)
+    history = History(events, setting)
     users, now_s = moments(args.split, task, args.stage)
     stop = args.config.get("epochs", 0)
 
     def look(judge: ContentJudge) -> float:
         some = slice(0, _VALID_USERS)
-        found = ten_best(judge, history, users[some], now_s[some], setting.log.history, mask)
+        found = ten_best(judge, history, users[some], now_s[some], mask)
         return ndcg(*found, {int(user): wanted[int(user)] for user in users[some]})
 
     with timed(facts, "fit_s"):
         log = contract_log(events, items, scratch)
         about = content(args.split, np.bincount(events["item"] - 1, minlength=items))
-        examples = LogExamples(setting.log, log, pieces=judge_class(args.model).every_position, seed=args.seed)
+        examples = topk_examples(args.model, setting, log, history, mask)
         loop = fitted(args.model, setting, about, log, examples, stopping_at(stop, setting) if stop else look)
         judge = loop.run()
     facts |= {"best_epochs": loop.best_step, "valid": loop.best_figure, "steps": loop.step}
     with timed(facts, "predict_s"):
-        found = ten_best(judge, history, users, now_s, setting.log.history, mask)
+        found = ten_best(judge, history, users, now_s, mask)
     write_topk(args.out, *found)
 
 
@@ -273,7 +181,7 @@ def ctr_parts(args: Any, variant: str, scratch: Path) -> Iterator[Any]:
     yield contract_log(events, items, scratch)
     yield content(args.split, np.bincount(events["item"] - 1, minlength=items))
     whole = columns(args.split / "events.parquet")
-    history = History(whole)
+    history = History(whole, setting)
     for stage in ("train", "valid", args.stage):
         rows = columns(args.split / f"ctr-{variant}-{stage}.parquet")
         first = np.array([history.row_of[int(user)] for user in rows["user"]])
@@ -332,14 +240,14 @@ def run_speed(args: Any, facts: dict[str, Any], scratch: Path) -> None:
         items = pl.read_parquet(args.split / "items.parquet").height
         setting, log = Setting.of(config, args.seed), contract_log(events, items, scratch)
         about = content(args.split, np.bincount(events["item"] - 1, minlength=items))
-        inner: Any = LogExamples(setting.log, log, pieces=judge_class(args.model).every_position, seed=args.seed)
+        inner: Any = topk_examples(args.model, setting, log, History(events, setting), True)
     else:
         setting, log, about, inner, _, _ = ctr_parts(args, form, scratch)
     steps, spent, counted = 5, 0.0, _Counted(inner)
     for wanted_s in (1.0, float(args.config.get("seconds", 10))):
         steps = max(5, round(steps * wanted_s / spent)) if spent else steps
         loop_config = LoopConfig(steps=steps, eval_every=10**9, seed=args.seed)
-        timed_setting = Setting(loop=loop_config, log=setting.log, features=setting.features, judge=setting.judge)
+        timed_setting = replace(setting, loop=loop_config)
         counted = _Counted(inner)
         loop = fitted(args.model, timed_setting, about, log, counted, lambda judge: 0.0)
         began = time.perf_counter()

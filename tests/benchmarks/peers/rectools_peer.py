@@ -59,7 +59,10 @@ def build(model: str, config: dict[str, Any]) -> Any:
         return PopularModel()
     if model == "ease":
         return EASEModel(regularization=settings["regularization"])
-    losses = {"sasrec": {"loss": "softmax"}, "gsasrec": {"loss": "gBCE", "n_negatives": 256, "gbce_t": 0.75}}
+    losses: dict[str, dict[str, Any]] = {
+        "sasrec": {"loss": "softmax"},
+        "gsasrec": {"loss": "gBCE", "n_negatives": 256, "gbce_t": 0.75},
+    }
     return SASRecModel(**{**TRANSFORMER, **losses[model], **settings}, epochs=1, deterministic=True)
 
 
@@ -107,8 +110,8 @@ def run_topk(args: Any, facts: dict[str, Any]) -> None:
 
         def validate(fitted: Any) -> tuple[float, pd.DataFrame]:
             rows = recommend(fitted, data, users, mask)
-            columns = (rows[name].to_numpy() for name in (Columns.User, Columns.Item, Columns.Rank))
-            return ndcg(*columns, wanted), rows
+            users_, items, ranks = (rows[name].to_numpy() for name in (Columns.User, Columns.Item, Columns.Rank))
+            return ndcg(users_, items, ranks, wanted), rows
 
         stops_early = args.stage == "valid"
         found = train_in_rounds(model, data, args.config, validate if stops_early else None, facts)
