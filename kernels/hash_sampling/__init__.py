@@ -56,7 +56,7 @@ def random_planes(width: int, *, groups: int = GROUPS, bits: int = BITS, seed: i
 
 
 def signatures(x: Tensor, planes: Tensor) -> Tensor:
-    """On which side of each plane each row of ``[N, d]`` lies: int64 ``[N, G]``, bit i of an entry is ``x . plane_i > 0``.
+    """On which side of each plane a row of ``[N, d]`` lies: int64 ``[N, G]``, bit i of an entry is ``x . plane_i > 0``.
 
     Two vectors at angle ``theta`` share a signature with probability ``(1 - theta / pi) ** b``. The length of a vector
     plays no part. A vector of zeros has signature 0.
