@@ -21,6 +21,17 @@ for name in ("COUTURIER_PROJECT", "COUTURIER_WORKSPACE", "COUTURIER_MLFLOW_URI",
     os.environ.pop(name, None)
 
 
+# Rooms whose tests share fixtures that are costly to make: each of them is one worker's.
+TOGETHER = ("alignment", "evaluation", "interest", "lineage", "serving")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Which tests go to the same worker: a room's where they share what they make, else a file's."""
+    for item in items:
+        room, name = item.path.relative_to(Path(__file__).parent).parts[0], item.path.stem
+        item.add_marker(pytest.mark.xdist_group(room if room in TOGETHER else f"{room}/{name}"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Tiny models are fastest, and repeat bit for bit, on one thread."""
