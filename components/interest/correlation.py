@@ -41,13 +41,11 @@ def measured_correlation(
     samples, length = behaviour_SP.shape
     if target_S.shape != (samples,) or label_S.shape != (samples,):
         raise DataError(
-            f"{samples} histories, {target_S.shape} targets and {label_S.shape} labels: wanted one of each."
+            f"{samples} histories, but targets {target_S.shape} and labels {label_S.shape}; wanted as many."
         )
     for name, value, lowest in (("target_S", target_S, 0), ("behaviour_SP", behaviour_SP, -1)):
         if value.size and (value.min() < lowest or value.max() >= categories):
-            raise DataError(
-                f"{name} has categories {value.min()} to {value.max()}; wanted {lowest} to {categories - 1}."
-            )
+            raise DataError(f"{name} goes from {value.min()} to {value.max()}; wanted {lowest} to {categories - 1}.")
     taken_S = label_S.astype(bool)
     total_CL = np.stack([np.bincount(target_S[taken_S == on], minlength=categories) for on in (False, True)], axis=1)
     real_SP = behaviour_SP >= 0
