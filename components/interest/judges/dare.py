@@ -37,6 +37,7 @@ from couturier.components.interest.layers import mlp
 from couturier.components.interest.recency import Time, check_time, time_index
 from couturier.components.interest.types import HistoryBatch, TrainBatch
 from couturier.kernels.target_attention import dot_attention
+from couturier.kernels.topk_search import topk_search
 
 _LEAST_WEIGHT = 1e-6
 
@@ -185,18 +186,18 @@ class DareJudge(ContentJudge):
         return pooled_RV.view(*query_UCH.shape[:2], -1)
 
     def _search(self, state: DareState, query_UCH: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Rows of the history and their scores ``[R, count]``, the best first; -1 and minus infinity where none is."""
-        lengths_U = state.offsets.diff()
-        users, longest = len(state), _longest(state)
-        place_UT = torch.arange(longest, device=lengths_U.device).expand(users, -1)
-        row_UT = (state.offsets[:-1, None] + place_UT).clamp(max=len(state.keys_NH) - 1)
-        real_UT = place_UT < lengths_U[:, None]
-        bias_UT = state.log_weight_N[row_UT].masked_fill(~real_UT, -torch.inf)
-        score_UCT = query_UCH @ state.keys_NH[row_UT].transpose(1, 2) + bias_UT[:, None]
-        best = score_UCT.topk(min(count, longest), dim=-1)
-        found_UCK = row_UT[:, None].expand(-1, query_UCH.shape[1], -1).gather(-1, best.indices)
-        found_UCK = found_UCK.masked_fill(best.values.isinf(), -1)
-        return found_UCK.flatten(0, 1), best.values.flatten(0, 1)
+        """Rows of the history and their scores ``[R, count]``, the best first; -1 and minus infinity where none is.
+
+        The search itself has no gradient; where one is wanted the scores of what was found are computed again.
+        """
+        keys_NH, bias_N = state.keys_NH, state.log_weight_N
+        found_UCK, score_UCK = topk_search(query_UCH, keys_NH, state.offsets, count, similarity="dot", bias=bias_N)
+        found_RK, score_RK = found_UCK.flatten(0, 1), score_UCK.flatten(0, 1)
+        if torch.is_grad_enabled():
+            at_RK = found_RK.clamp_min(0)
+            again_RK = torch.einsum("rh,rkh->rk", query_UCH.flatten(0, 1), keys_NH[at_RK]) + bias_N[at_RK]
+            score_RK = again_RK.masked_fill(found_RK < 0, -torch.inf)
+        return found_RK, score_RK
 
     def _logit(self, head: nn.Module, found_XV: Tensor, shown_XV: Tensor) -> Tensor:
         """From the behaviours found and the candidate; any leading axes."""
