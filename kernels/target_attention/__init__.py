@@ -232,12 +232,17 @@ def _uncovered_mlp(
         return "activations other than the sigmoid"
     if len(layers) != 3:
         return f"{len(layers) - 1} hidden layers (it has two)"
-    if max(layers[0][0].shape[0], layers[1][0].shape[0], keys.shape[1], values.shape[1]) > 128:
-        return "widths over 128"
+    hidden = (layers[0][0].shape[0], layers[1][0].shape[0])
+    if hidden[0] > 128 or hidden[1] > 64:
+        return f"hidden layers of {hidden[0]} and {hidden[1]} units (128 and 64 at most)"
+    # In float32 the weights of wider keys do not fit the shared memory of a multiprocessor (resources_sm90.json).
+    most = 64 if keys.dtype == torch.float32 else 128
+    if max(keys.shape[1], values.shape[1]) > most:
+        return f"{keys.dtype} of a width over {most}"
     return _uncovered_dot(keys, values)
 
 
 def _uncovered_dot(keys: Tensor, values: Tensor) -> str | None:
-    if max(keys.shape[1], values.shape[1]) > 256:
-        return "widths over 256"
+    if max(keys.shape[1], values.shape[1]) > 128:
+        return "widths over 128"
     return "float64" if keys.dtype == torch.float64 else None
