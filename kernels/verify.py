@@ -114,7 +114,7 @@ def time_case(case: Case, device: str, ceiling: dict[str, float], *, rounds: int
         calls["torch.compile"] = _compiled(case)
     timed: dict[str, float] = {}
     failed: dict[str, str] = {}
-    every = {name: [call] for name, call in calls.items()}
+    every: dict[str, list[Callable[[], object]]] = {name: [call] for name, call in calls.items()}
     if case.leaves:
         every = {name: [call, forward_backward(call, case.leaves)] for name, call in calls.items()}
     for name, variants in list(every.items()):

@@ -6,6 +6,7 @@ Legend: U users, N behaviours, R rows (candidates), C candidates a user, L longe
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 from collections.abc import Callable
@@ -245,13 +246,12 @@ def _linear(make: Maker) -> Case:
         return quadratic(q, k, v, slopes.to(wide))
 
     def softmax() -> Tensor:
-        return scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
+        return scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
 
     peers = {"SDPA, causal softmax": softmax}
     if make.device != "cpu" and importlib.util.find_spec("fla"):
-        from fla.ops.simple_gla import chunk_simple_gla
-
-        peers["flash-linear-attention"] = lambda: chunk_simple_gla(q, k, v, g_gamma=-slopes, scale=1.0)[0]
+        gla = importlib.import_module("fla.ops.simple_gla")
+        peers["flash-linear-attention"] = lambda: gla.chunk_simple_gla(q, k, v, g_gamma=-slopes, scale=1.0)[0]
     return Case(
         op="linear_attention",
         shape=f"B {batch}, T {length}, H {heads}, D {width}, {q.dtype}".replace("torch.", ""),

@@ -113,7 +113,7 @@ def test_the_gradient_is_the_derivative_and_stops_at_the_bits() -> None:
     x.requires_grad_()
     candidates.requires_grad_()
     loss = hash_sampling(candidates, x, offsets, planes, values=values, row_user=row_user).sum()
-    assert torch.autograd.grad(loss, (x, candidates), allow_unused=True) == (None, None)
+    assert all(one is None for one in torch.autograd.grad(loss, (x, candidates), allow_unused=True))
 
 
 @pytest.mark.parametrize("batches", [1, 3, 10])

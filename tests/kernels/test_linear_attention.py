@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from couturier.kernels.checks import KernelError, KernelTypeError
 from couturier.kernels.linear_attention import linear_attention, slopes_by_layer, slopes_tnl
 from couturier.kernels.linear_attention.reference import quadratic
 
+Triple = tuple[Tensor, Tensor, Tensor]
 LIMIT = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
@@ -32,13 +33,20 @@ def error(got: Tensor, wanted: Tensor) -> float:
     return float((got - wanted).norm() / wanted.norm().clamp_min(1e-30))
 
 
-def case(*lead: int, d: int, e: int, heads: int = 3, seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def each(x: Triple, change: Callable[[Tensor], Tensor]) -> Triple:
+    return change(x[0]), change(x[1]), change(x[2])
+
+
+def case(*lead: int, d: int, e: int, heads: int = 3, seed: int = 0, dtype: torch.dtype = torch.float64) -> Triple:
     g = torch.Generator().manual_seed(seed)
-    sizes = (d, d, e)
-    return [torch.randn(*lead, heads, n, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for n in sizes]
+
+    def normal(width: int) -> Tensor:
+        return torch.randn(*lead, heads, width, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+
+    return normal(d), normal(d), normal(e)
 
 
-def grads(out: Tensor, leaves: list[Tensor], *more: Tensor) -> list[Tensor]:
+def grads(out: Tensor, leaves: Sequence[Tensor], *more: Tensor) -> list[Tensor]:
     g = torch.Generator().manual_seed(9)
     loss = sum((one * torch.randn(one.shape, generator=g, dtype=torch.float64)).sum() for one in (out, *more))
     assert isinstance(loss, Tensor)
@@ -61,7 +69,7 @@ def test_equals_the_square_with_all_gradients(length: int, d: int, e: int, chunk
 @pytest.mark.parametrize("length", [65, 512])
 def test_in_few_bits_stays_near(dtype: torch.dtype, length: int) -> None:
     leaves = case(2, length, d=32, e=32, dtype=dtype)
-    exact = [x.detach().double().requires_grad_() for x in leaves]
+    exact = each(leaves, lambda x: x.detach().double().requires_grad_())
     slopes = slopes_tnl(3)
     out, _ = linear_attention(*leaves, slopes)
     wanted = quadratic(*exact, slopes.double())
@@ -77,7 +85,7 @@ def test_the_written_backward_is_the_derivative() -> None:
     state = torch.randn(1, 2, 3, 2, dtype=torch.float64, requires_grad=True)
     slopes = torch.tensor([0.1, 1.0], dtype=torch.float64)
     assert torch.autograd.gradcheck(
-        lambda *x: linear_attention(*x[:3], slopes, initial_state=x[3], chunk=3), (q, k, v, state)
+        lambda q, k, v, state: linear_attention(q, k, v, slopes, initial_state=state, chunk=3), (q, k, v, state)
     )
 
 
@@ -98,8 +106,8 @@ def test_a_cut_history_and_its_state_are_the_whole(cut: int) -> None:
     leaves = case(2, 70, d=8, e=6)
     slopes = slopes_tnl(3).double()
     want, state = linear_attention(*leaves, slopes)
-    first, kept = linear_attention(*(x[:, :cut] for x in leaves), slopes)
-    second, final = linear_attention(*(x[:, cut:] for x in leaves), slopes, initial_state=kept)
+    first, kept = linear_attention(*each(leaves, lambda x: x[:, :cut]), slopes)
+    second, final = linear_attention(*each(leaves, lambda x: x[:, cut:]), slopes, initial_state=kept)
     out = torch.cat([first, second], 1)
     assert error(out, want) < 1e-13
     assert error(final, state) < 1e-13
@@ -155,7 +163,7 @@ def test_an_empty_sequence_keeps_its_state() -> None:
 
 @pytest.mark.parametrize("t", [0, 1, 31, 32, 50, 64, 69])
 def test_the_future_does_not_leak(t: int) -> None:
-    leaves = [x.detach().float() for x in case(1, 70, d=16, e=16)]
+    leaves = each(case(1, 70, d=16, e=16), lambda x: x.detach().float())
     before, _ = linear_attention(*leaves, slopes_tnl(3))
     for x in leaves:
         x[:, t] += 1
@@ -167,7 +175,7 @@ def test_the_future_does_not_leak(t: int) -> None:
 def test_strides_and_autocast_do_not_matter() -> None:
     q, k, v = (x.detach().float() for x in case(2, 40, d=8, e=8))
     want, _ = linear_attention(q, k, v, slopes_tnl(3))
-    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    turned = each((q, k, v), lambda x: x.transpose(1, 2).contiguous().transpose(1, 2))
     out, _ = linear_attention(*turned, slopes_tnl(3))
     assert torch.equal(out, want)
     with torch.autocast("cpu", torch.bfloat16):
@@ -201,7 +209,7 @@ def test_what_does_not_fit_is_said() -> None:
     with pytest.raises(KernelError, match="slopes wants a gradient"):
         linear_attention(q, k, v, slopes.requires_grad_())
     with pytest.raises(KernelError, match="ends at 7, but q has 10 rows"):
-        linear_attention(*(x.flatten(0, 1) for x in (q, k, v)), slopes_tnl(3), offsets=torch.tensor([0, 7]))
+        linear_attention(*each((q, k, v), lambda x: x.flatten(0, 1)), slopes_tnl(3), offsets=torch.tensor([0, 7]))
     with pytest.raises(KernelTypeError, match="initial_state has dtype torch.float64"):
         linear_attention(q, k, v, slopes_tnl(3), initial_state=torch.zeros(2, 3, 4, 4, dtype=torch.float64))
     with pytest.raises(KernelError, match="chunk is 0"):
