@@ -18,8 +18,11 @@ from couturier.components.interest.base import ContentJudge, JudgeConfig
 from couturier.components.interest.encoder import EncoderConfig, TileEncoder
 from couturier.components.interest.items import Content, FeatureConfig
 from couturier.components.interest.judges.attention import AttentionConfig, AttentionJudge
+from couturier.components.interest.judges.aw_moe import AwMoeConfig, AwMoeJudge
 from couturier.components.interest.judges.dare import DareConfig, DareJudge
 from couturier.components.interest.judges.hcn import HcnConfig, HcnJudge
+from couturier.components.interest.judges.hypercuboid import HypercuboidConfig, HypercuboidJudge
+from couturier.components.interest.judges.mqsa_ted import MqsaTedConfig, MqsaTedJudge
 from couturier.components.interest.judges.tin import TinConfig, TinJudge
 from couturier.components.interest.types import HistoryBatch
 
@@ -32,6 +35,9 @@ class JudgeSettings:
     dare: DareConfig = field(default_factory=DareConfig)
     hcn: HcnConfig = field(default_factory=HcnConfig)
     tin: TinConfig = field(default_factory=TinConfig)
+    mqsa_ted: MqsaTedConfig = field(default_factory=MqsaTedConfig)
+    aw_moe: AwMoeConfig = field(default_factory=AwMoeConfig)
+    hypercuboid: HypercuboidConfig = field(default_factory=HypercuboidConfig)
 
     def settings_of(self, name: str) -> JudgeConfig:
         """The settings of a judge.
@@ -46,12 +52,7 @@ class JudgeSettings:
 
 JUDGES: dict[str, type[ContentJudge]] = {
     judge.name: judge
-    for judge in (
-        AttentionJudge,
-        TinJudge,
-        DareJudge,
-        HcnJudge,
-    )
+    for judge in (AttentionJudge, TinJudge, DareJudge, HcnJudge, MqsaTedJudge, AwMoeJudge, HypercuboidJudge)
 }
 WEIGHTS, SETTINGS = "judge.safetensors", "judge.json"
 

@@ -18,6 +18,7 @@ from couturier.components.interest.encoder import EncoderConfig
 from couturier.components.interest.fit import Config
 from couturier.components.interest.items import FeatureConfig
 from couturier.components.interest.judges.attention import AttentionConfig
+from couturier.components.interest.judges.mqsa_ted import MqsaTedConfig
 from couturier.components.lineage.stages import Progress, Silent, StageContext
 from couturier.components.lineage.workspace import Workspace
 
@@ -27,6 +28,7 @@ QUICK = Config(
     threads=1,
     encoder=EncoderConfig(side=SIDE, width=16, channels=8, steps=80, batch=48),
     attention=AttentionConfig(heads=2, head_width=8, hidden=16),
+    mqsa_ted=MqsaTedConfig(heads=4, alpha=0.2, long=4, dropout=0.0),
     features=FeatureConfig(words=8),
     steps=160,
     batch=48,
