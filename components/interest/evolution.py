@@ -5,7 +5,8 @@
 
 The card of arXiv 2509.04751 asks for a behaviour-driven embedding of viewing, liking and commenting that follows
 interest drift; the body could not be had, so this form is ours. A behaviour's strength is
-``softplus(a_kind + b_kind log(1 + value))`` times its weight. The prior is what a stranger's interest is; it counts as
+``softplus(a_kind + b_kind log(1 + value))`` times its weight. Kind and value scale an item's vector before they are added to
+it, so that after averaging "liked this, saw that" can still be told from "saw this, liked that". The prior is what a stranger's interest is; it counts as
 a constant amount in the long-term mean, so a history that has faded falls back on it.
 
 Letters: U users, T history length, R newest behaviours that are asked, N rows, E width, H heads, F width of a head.
@@ -89,13 +90,18 @@ class Evolution(nn.Module):
         self.kind, self.value = nn.Embedding(kinds, width), nn.Embedding(_VALUES, width)
         self.gap = nn.Embedding(_TIMES + 1, width)
         for table in (self.kind, self.value, self.gap):
-            nn.init.normal_(table.weight, std=0.1 * width**-0.5)
+            nn.init.normal_(table.weight, std=0.5 * width**-0.5)
+        self.kind_scale, self.value_scale = nn.Embedding(kinds, width), nn.Embedding(_VALUES, width)
+        for table in (self.kind_scale, self.value_scale):
+            nn.init.normal_(table.weight, std=0.3)
         self.strength = nn.Embedding(kinds, 2)
         nn.init.zeros_(self.strength.weight)
         self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
         self.read, self.out = nn.Linear(width, width), nn.Linear(width, width)
         self.since = nn.Embedding(_TIMES, heads)
         nn.init.zeros_(self.since.weight)
+        for layer in (self.read, self.out):
+            nn.init.eye_(layer.weight)
         self.norm = nn.LayerNorm(width)
         nn.init.constant_(self.norm.weight, width**-0.5)  # of unit length, as items are
         self.prior_E = nn.Parameter(0.1 * torch.randn(width))
@@ -109,7 +115,9 @@ class Evolution(nn.Module):
         gap_N = history.age_days_N.roll(1) - history.age_days_N
         first_N = history.offsets[:-1][history.lengths > 0]
         gap_row_N = time_bucket(gap_N, _TIMES).index_fill(0, first_N, _TIMES)
-        vectors_NE = items_NE + self.kind(kind_N) + self.value(value_bucket(history.values_N)) + self.gap(gap_row_N)
+        value_N = value_bucket(history.values_N)
+        scale_NE = 1 + self.kind_scale(kind_N) + self.value_scale(value_N)
+        vectors_NE = items_NE * scale_NE + self.kind(kind_N) + self.value(value_N) + self.gap(gap_row_N)
         level_N, slope_N = self.strength(kind_N).unbind(-1)
         strength_N = F.softplus(level_N + slope_N * history.values_N.clamp_min(0).log1p())
         weight_N = history.weight_N.clamp_min(0)
@@ -133,12 +141,12 @@ class Evolution(nn.Module):
         allowed_UHQT = allowed_UQT[:, None]
         return match_UHQT.masked_fill(~allowed_UHQT, -1e9).softmax(-1) * allowed_UHQT
 
-    def short(self, asking_UQE: Tensor, weight_UHQT: Tensor, asked: Behaviours) -> Tensor:
-        """What the behaviours that ask find, beside themselves: ``[U, Q, E]``."""
+    def short(self, weight_UHQT: Tensor, asked: Behaviours) -> Tensor:
+        """What behaviours that ask find: ``[U, Q, E]``."""
         u, _, q, _ = weight_UHQT.shape
         read_UHTF = self.read(asked.vectors_UTE).view(u, asked.real_UT.shape[1], self.heads, -1).transpose(1, 2)
         found_UQE = (weight_UHQT @ read_UHTF).transpose(1, 2).reshape(u, q, -1)
-        shown: Tensor = self.norm(asking_UQE + self.out(found_UQE))
+        shown: Tensor = self.norm(self.out(found_UQE))
         return shown
 
     def long(self, faded_XE: Tensor, amount_X: Tensor) -> Tensor:
@@ -164,15 +172,15 @@ class Evolution(nn.Module):
         if not behaviours.real_UT.shape[1]:
             return self.mixed(torch.zeros_like(long_UE), long_UE, known_U)
         asked = behaviours.newest(self.recent)
-        asking_U1E, weight_UH1T = self.newest_asks(asked, asked.real_UT)
-        return self.mixed(self.short(asking_U1E, weight_UH1T, asked)[:, 0], long_UE, known_U)
+        short_UE = self.short(self.newest_asks(asked, asked.real_UT), asked)[:, 0]
+        return self.mixed(short_UE, long_UE, known_U)
 
-    def newest_asks(self, asked: Behaviours, allowed_UT: Tensor) -> tuple[Tensor, Tensor]:
-        """The newest allowed behaviour ``[U, 1, E]`` and its attention to all allowed ``[U, H, 1, T]``."""
+    def newest_asks(self, asked: Behaviours, allowed_UT: Tensor) -> Tensor:
+        """The attention ``[U, H, 1, T]`` of the newest allowed behaviour to all allowed."""
         place_T = torch.arange(allowed_UT.shape[1], device=allowed_UT.device)
         last_U1 = (place_T * allowed_UT).argmax(1, keepdim=True)
         asking_U1E = asked.vectors_UTE.gather(1, last_U1[..., None].expand(-1, -1, asked.vectors_UTE.shape[-1]))
-        return asking_U1E, self.attention(asking_U1E, asked.age_UT.gather(1, last_U1), asked, allowed_UT[:, None])
+        return self.attention(asking_U1E, asked.age_UT.gather(1, last_U1), asked, allowed_UT[:, None])
 
     def trace(self, behaviours: Behaviours) -> Interest:
         """The interest right after each behaviour, ``[U, T, ...]``: that of the history up to it."""
@@ -186,7 +194,7 @@ class Evolution(nn.Module):
             allowed_UQT = ((back_QT >= 0) & (back_QT < self.recent)) & asked.real_UT[:, None]
             asking_UQE = vectors_UTE[:, ask]
             weight_UHQT = self.attention(asking_UQE, behaviours.age_UT[:, ask], asked, allowed_UQT)
-            parts.append(self.short(asking_UQE, weight_UHQT, asked))
+            parts.append(self.short(weight_UHQT, asked))
         short_UTE = torch.cat(parts, dim=1) if parts else torch.zeros_like(vectors_UTE)
         # exp(-(age_k - age_t) / tau) is a quotient, so one running sum serves every place.
         fade_UT = (behaviours.age_UT.double() / self.log_fade.exp().double()).clamp(0, _FADED)

@@ -226,7 +226,9 @@ class MultimodalJudge(ContentJudge):
         newest behaviours are read again, so the cost grows with T and not with its square.
         """
         whole_UC = self.score(self.encode(history), candidates_UCD)
-        marked = replace(history, items_N=torch.arange(len(history.features_ND))).oldest_first()
+        marked = replace(
+            history, items_N=torch.arange(len(history.features_ND), device=history.offsets.device)
+        ).oldest_first()
         behaviours, _, _ = self._behaviours(marked)
         item_UCE, lengths = self.fused(candidates_UCD)[0], history.lengths
         out_UCT = whole_UC.new_zeros(*whole_UC.shape, behaviours.real_UT.shape[1])
@@ -255,8 +257,7 @@ class MultimodalJudge(ContentJudge):
         # Without one of the newest R, the one behind them is read in its place.
         kept_VT &= kept_VT.flip(1).cumsum(1).flip(1) <= evolution.recent
         each = Behaviours(**{name: value.expand(count, *value.shape[1:]) for name, value in vars(asked).items()})
-        asking_V1E, weight_VH1T = evolution.newest_asks(each, kept_VT)
-        short_VE = evolution.short(asking_V1E, weight_VH1T, each)[:, 0]
+        short_VE = evolution.short(evolution.newest_asks(each, kept_VT), each)[:, 0]
         # Those beyond them are not read, so leaving one out is like leaving out the one just behind.
         short_TE = torch.cat([short_VE[:1].expand(length - count, -1), short_VE])
         known_T = torch.full_like(faded_T, float(length > 1))
@@ -275,7 +276,9 @@ class MultimodalJudge(ContentJudge):
         for place in range(len(self.modalities.names)):
             item_UCE = self.fused(candidates_UCD, without=place)[0]
             lost.append(whole_UC - self._logit(self._state(history, place).user_UE[:, None], item_UCE))
-        marked = replace(history, items_N=torch.arange(len(history.features_ND))).oldest_first()
+        marked = replace(
+            history, items_N=torch.arange(len(history.features_ND), device=history.offsets.device)
+        ).oldest_first()
         behaviours, _, _ = self._behaviours(marked)
         share_UT = torch.zeros_like(behaviours.age_UT)
         assert marked.items_N is not None
@@ -300,8 +303,7 @@ class MultimodalJudge(ContentJudge):
         place_T = torch.arange(shares_UT.shape[1], device=gate_U.device)
         lengths_U1 = behaviours.real_UT.sum(1, keepdim=True)
         newest_UT = behaviours.real_UT & (place_T >= lengths_U1 - self.evolution.recent)
-        _, weight_UH1T = self.evolution.newest_asks(behaviours, newest_UT)
-        return shares_UT + gate_U1 * weight_UH1T.mean(1)[:, 0]
+        return shares_UT + gate_U1 * self.evolution.newest_asks(behaviours, newest_UT).mean(1)[:, 0]
 
     @torch.no_grad()
     def interest_trace(self, history: HistoryBatch, concepts: Mapping[str, Tensor] | None = None) -> InterestTrace:
@@ -315,7 +317,9 @@ class MultimodalJudge(ContentJudge):
             DataError: as ``encode``.
         """
         history.check(self.width)
-        marked = replace(history, items_N=torch.arange(len(history.features_ND))).oldest_first()
+        marked = replace(
+            history, items_N=torch.arange(len(history.features_ND), device=history.offsets.device)
+        ).oldest_first()
         assert marked.items_N is not None
         behaviours, _, _ = self._behaviours(marked)
         real_UT = behaviours.real_UT

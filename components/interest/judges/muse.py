@@ -32,6 +32,7 @@ from couturier.components.interest.items import Content, FeatureConfig
 from couturier.components.interest.layers import Dice, mlp
 from couturier.components.interest.tiers import Amount, Looks, SimTier, attention_weights, tier, tier_sums, tiers_in
 from couturier.components.interest.types import HistoryBatch, TrainBatch
+from couturier.kernels.topk_search import topk_search
 
 _MOST = 1 << 22  # numbers gathered at a time in the exact stage
 
@@ -66,7 +67,7 @@ class MuseConfig(JudgeConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Behaviours:
-    """Behaviours of a user ``[U, T, ...]``, or those a search found for a candidate ``[U, C, K, ...]``."""
+    """Behaviours of users, padded: all there is to find, or the newest."""
 
     looks_UTP: Tensor
     keys_UTS: Tensor
@@ -76,10 +77,21 @@ class Behaviours:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Searched:
+    """Behaviours of users, one after another from oldest to newest, to be searched."""
+
+    looks_NP: Tensor
+    keys_NS: Tensor
+    rows_NX: Tensor
+    amount_N: Tensor
+    offsets: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class MuseState:
     """What the judge keeps of its users: all behaviours, and the newest (the same object if that is all)."""
 
-    whole: Behaviours
+    whole: Behaviours | Searched
     newest: Behaviours
     empty_U: Tensor
 
@@ -109,21 +121,26 @@ class MuseJudge(ContentJudge):
         self.found_head = mlp([found + e, config.hidden[-1], 1], Dice) if config.auxiliary else None
 
     def _encode(self, history: HistoryBatch) -> MuseState:
-        whole, newest = history, history.newest(self.config.recent)
-        read = self._behaviours(whole)
-        same = len(newest.features_ND) == len(whole.features_ND)
-        return MuseState(
-            whole=read, newest=read if same else self._behaviours(newest), empty_U=(history.lengths == 0).float()
-        )
+        longest = int(history.lengths.max()) if len(history) else 0
+        empty_U = (history.lengths == 0).float()
+        if longest <= self.config.top:
+            whole = self._padded(history)
+            shown = whole if longest <= self.config.recent else self._padded(history.newest(self.config.recent))
+            return MuseState(whole=whole, newest=shown, empty_U=empty_U)
+        history = history.oldest_first()
+        looks_NP, keys_NS, rows_NX, amount_N = self._rows(history)
+        long = Searched(looks_NP=looks_NP, keys_NS=keys_NS, rows_NX=rows_NX, amount_N=amount_N, offsets=history.offsets)
+        return MuseState(whole=long, newest=self._padded(history.newest(self.config.recent)), empty_U=empty_U)
 
-    def _behaviours(self, history: HistoryBatch) -> Behaviours:
+    def _rows(self, history: HistoryBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Looks, keys, values beside items, and amounts of a history's rows."""
         item_NE = self.item(history.features_ND)
-        return Behaviours(
-            looks_UTP=history.pad(self.looks(history.features_ND)),
-            keys_UTS=history.pad(F.silu(self.key(item_NE))),
-            rows_UTX=history.pad(torch.cat([F.silu(self.value(item_NE)), item_NE], dim=-1)),
-            amount_UT=history.pad(self.amount(history)),
-        )
+        values_NX = torch.cat([F.silu(self.value(item_NE)), item_NE], dim=-1)
+        return self.looks(history.features_ND), F.silu(self.key(item_NE)), values_NX, self.amount(history)
+
+    def _padded(self, history: HistoryBatch) -> Behaviours:
+        looks_UTP, keys_UTS, rows_UTX, amount_UT = (history.pad(rows) for rows in self._rows(history))
+        return Behaviours(looks_UTP=looks_UTP, keys_UTS=keys_UTS, rows_UTX=rows_UTX, amount_UT=amount_UT)
 
     def _score(self, state: MuseState, candidates_UCD: Tensor) -> Tensor:
         return self._logits(state, candidates_UCD)[0]
@@ -148,7 +165,7 @@ class MuseJudge(ContentJudge):
         item_UCE, looks_UCP = self.item(candidates_UCD), self.looks(candidates_UCD)
         found_UCX, counts_UCB = self._found(state.whole, item_UCE, looks_UCP)
         # What was found in a short history is all of it, and so are the newest: their tiers are counted once.
-        counts_UCB = counts_UCB if self._found_all(state.whole) and state.newest is state.whole else None
+        counts_UCB = counts_UCB if state.newest is state.whole else None
         newest_UCX = self._newest(state.newest, item_UCE, looks_UCP, counts_UCB)
         empty_UC1 = state.empty_U[:, None, None].expand(*item_UCE.shape[:2], 1)
         logits_UC = self.head(torch.cat([found_UCX, newest_UCX, item_UCE, empty_UC1], dim=-1))[..., 0]
@@ -167,39 +184,36 @@ class MuseJudge(ContentJudge):
             counts_UCB = self._counts(looks_UCP @ newest.looks_UTP.transpose(1, 2), amount_U1T)
         return torch.cat([read_UCE, mean_U1E.expand_as(read_UCE), self.tiers_newest(counts_UCB)], dim=-1)
 
-    def _found_all(self, whole: Behaviours) -> bool:
-        return whole.amount_UT.shape[1] <= self.config.top
-
-    def _found(self, whole: Behaviours, item_UCE: Tensor, looks_UCP: Tensor) -> tuple[Tensor, Tensor]:
+    def _found(self, whole: Behaviours | Searched, item_UCE: Tensor, looks_UCP: Tensor) -> tuple[Tensor, Tensor]:
         """SA-TA over what a search finds, its mean and its tiers ``[U, C, S + E + B]``, and how many are in each."""
         query_UCS = F.silu(self.query(item_UCE))
-        if self._found_all(whole):
+        if isinstance(whole, Behaviours):
+            # Everything would be found, so nothing is searched or gathered.
             cosine_UCT = looks_UCP @ whole.looks_UTP.transpose(1, 2)
             dot_UCT = query_UCS @ whole.keys_UTS.transpose(1, 2)
             return self._read(cosine_UCT, dot_UCT, whole.rows_UTX, whole.amount_UT[:, None])
         step = max(1, _MOST // (len(item_UCE) * self.config.top * 5 * self.config.width))
         parts = []
         for looks, query in zip(looks_UCP.split(step, dim=1), query_UCS.split(step, dim=1), strict=True):
-            cosine_UCK, index_UCK = self.search(whole, looks, self.config.top)
-            at = torch.arange(len(looks), device=looks.device)[:, None, None], index_UCK
-            dot_UCK = (whole.keys_UTS[at] @ query[..., None])[..., 0]
-            parts.append(self._read(cosine_UCK, dot_UCK, whole.rows_UTX[at], whole.amount_UT[at]))
+            index_UCK, cosine_UCK = self.search(whole, looks, self.config.top)
+            there_UCK, at = index_UCK >= 0, index_UCK.clamp_min(0)
+            dot_UCK = (whole.keys_NS[at] @ query[..., None])[..., 0]
+            amount_UCK = whole.amount_N[at] * there_UCK
+            parts.append(self._read(cosine_UCK.clamp_min(-1), dot_UCK, whole.rows_NX[at], amount_UCK))
         found_UCX, counts_UCB = (torch.cat(column, dim=1) for column in zip(*parts, strict=True))
         return found_UCX, counts_UCB
 
+    @torch.no_grad()
+    def search(self, whole: Searched, looks_UCP: Tensor, top: int) -> tuple[Tensor, Tensor]:
+        """The ``top`` nearest behaviours of each candidate: rows (-1 for none) and cosines, both ``[U, C, K]``.
+
+        What counts for nothing is not found; of equal cosines the newest comes first.
+        """
+        hidden_N = torch.zeros_like(whole.amount_N).masked_fill(whole.amount_N <= 0, -torch.inf)
+        return topk_search(looks_UCP, whole.looks_NP, whole.offsets, top, bias=hidden_N)
+
     def _counts(self, cosine_UCT: Tensor, amount: Tensor) -> Tensor:
         return tier_sums(tier(cosine_UCT, self.config.step), amount, self.tiers_found.tiers)
-
-    @torch.no_grad()
-    def search(self, whole: Behaviours, looks_UCP: Tensor, top: int) -> tuple[Tensor, Tensor]:
-        """The ``top`` nearest behaviours of each candidate: cosines and places, both ``[U, C, K]``.
-
-        What is padded, or counts for nothing, comes after everything else.
-        """
-        cosine_UCT = looks_UCP @ whole.looks_UTP.transpose(1, 2)
-        shown_UCT = cosine_UCT.masked_fill((whole.amount_UT <= 0)[:, None], -1.1)
-        found = shown_UCT.topk(min(top, shown_UCT.shape[-1]), dim=-1)
-        return found.values.clamp_min(-1), found.indices
 
     def _read(self, cosine_UCK: Tensor, dot_UCK: Tensor, rows: Tensor, amount: Tensor) -> tuple[Tensor, Tensor]:
         """As ``_found``; ``rows`` is ``[U, K, S + E]`` or ``[U, C, K, S + E]``."""
@@ -226,25 +240,26 @@ class MuseJudge(ContentJudge):
         longest = int(history.lengths.max()) if len(history) else 0
         if longest <= self.config.top + self.config.recent or not candidates_UCD.shape[1]:
             return super().explain(history, candidates_UCD)
-        marked = replace(history, items_N=torch.arange(len(history.features_ND)))
-        state, looks_UCP = self._encode(history), self.looks(candidates_UCD)
-        kept_UT = torch.zeros_like(history.real_UT())
-        for one_U1P in looks_UCP.split(1, dim=1):
-            index_UK = self.search(state.whole, one_U1P, self.config.top + 1)[1][:, 0]
-            kept_UT.scatter_(1, index_UK, torch.ones_like(index_UK, dtype=torch.bool))
-        newest_M = marked.newest(self.config.recent + 1).items_N
-        assert newest_M is not None
-        kept_N = kept_UT[history.real_UT()]
-        kept_N[newest_M] = True
-        ends = torch.cat([kept_N.new_zeros(1, dtype=torch.int64), kept_N.cumsum(0)])
-        read = super().explain(history.rows(kept_N.nonzero()[:, 0], ends[history.offsets]), candidates_UCD)
-        lengths_U = ends[history.offsets].diff()
-        read_UT = torch.arange(read.shape[2]) < lengths_U[:, None]
-        out_UTC = read.new_zeros(*history.real_UT().shape, read.shape[1])
-        place_UT = torch.zeros_like(history.real_UT())
-        place_UT[history.real_UT()] = kept_N
-        out_UTC[place_UT] = read.transpose(1, 2)[read_UT]
-        return out_UTC.transpose(1, 2)
+        ordered = replace(
+            history, items_N=torch.arange(len(history.features_ND), device=history.offsets.device)
+        ).oldest_first()
+        whole, was_N = self._encode(ordered).whole, ordered.items_N
+        assert isinstance(whole, Searched) and was_N is not None
+        found, _ = self.search(whole, self.looks(candidates_UCD), self.config.top + 1)
+        newest = (
+            replace(ordered, items_N=torch.arange(len(was_N), device=was_N.device))
+            .newest(self.config.recent + 1)
+            .items_N
+        )
+        assert newest is not None
+        kept_N = torch.zeros_like(was_N, dtype=torch.bool)
+        kept_N[torch.cat([found[found >= 0], newest])] = True
+        offsets = torch.cat([kept_N.new_zeros(1, dtype=torch.int64), kept_N.cumsum(0)])[ordered.offsets]
+        read = ordered.rows(kept_N.nonzero()[:, 0], offsets)
+        parts_MC = super().explain(read, candidates_UCD).transpose(1, 2)[read.real_UT()]
+        out_NC = parts_MC.new_zeros(len(was_N), parts_MC.shape[1])
+        out_NC[was_N[kept_N]] = parts_MC
+        return history.pad(out_NC).transpose(1, 2)
 
 
 def _shares(amount: Tensor) -> Tensor:
