@@ -62,3 +62,30 @@ def time_bucket(age_days: Tensor, buckets: int) -> Tensor:
         [0, 2, 9, 23]
     """
     return (2 * torch.log2(1 + 24 * age_days.clamp_min(0))).floor().long().clamp(max=buckets - 1)
+
+
+@torch.no_grad()
+def centre_inputs(layer: nn.Linear, vectors_IP: Tensor) -> None:
+    """Start a layer so that what it makes of a catalogue's vectors has no common part, whatever their scale.
+
+    The first P weights are divided by the vectors' root mean square distance from their mean, and the bias takes that
+    mean out; vectors that are all alike leave the layer as it is. Ours: without it a judge whose content vectors share
+    a large mean spends its first hundred steps on unlearning it.
+
+    Args:
+        layer: its first P inputs are content vectors; the others stay as they are.
+
+    Example:
+        >>> layer, vectors = nn.Linear(3, 2), torch.tensor([[9.0, 0.0], [11.0, 0.0]])
+        >>> centre_inputs(layer, vectors)
+        >>> bool(layer(torch.tensor([10.0, 0.0, 0.0])).abs().max() < 1e-6)
+        True
+    """
+    if not len(vectors_IP):
+        return
+    mean_P = vectors_IP.mean(0)
+    spread = float((vectors_IP - mean_P).square().sum(1).mean().sqrt())
+    if spread > 1e-6:
+        weight_WP = layer.weight[:, : vectors_IP.shape[1]]
+        weight_WP /= spread
+        layer.bias.copy_(-(weight_WP @ mean_P))

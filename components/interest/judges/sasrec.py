@@ -1,0 +1,380 @@
+"""Self-attentive sequence judges: what came last, read in order, points at what comes next (SASRec, gSASRec).
+
+    e_1 .. e_T ─▶ sqrt(W) e_t + place ─▶ causal blocks ─▶ state h_t ─▶ score of an item = <h_t, e_item>
+    item features ─▶ tower ─▶ e_item                      └▶ learns from every t: what came at t + 1
+
+Kang and McAuley 2018 (arXiv 1808.09781), in the order of operations of the released code: queries are normalised, keys
+and values are not, the normalised query is the residual. gSASRec is Petrov and Macdonald 2023 (arXiv 2308.07192). Ours:
+an item is the projection of its content features instead of a row of a table (with identities on, a table is among
+them); places are counted from the newest, as left padding counts them; an empty history has a learned state, which
+learns what people begin with; the log of an item's weight is a learned direction in its input (0 for a plain event);
+attention weights are not dropped out; a batch shares its sampled negatives; a fit starts from states that are the
+mean of what was read (values and outputs of attention are the identity).
+
+Rows lie one user after another without padding; only attention itself pads, on the right, where causality hides it.
+
+Letters: U users, L longest history, N history rows, K rows that are learned from, C candidates, P taken ones, W width,
+A heads, E width of a head, S pool, I items, D features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from couturier.components.errors import ConfigError, DataError
+from couturier.components.interest.base import ContentJudge, JudgeConfig, ranking_loss
+from couturier.components.interest.items import Content, FeatureConfig
+from couturier.components.interest.layers import centre_inputs
+from couturier.components.interest.types import HistoryBatch, TrainBatch
+
+_PIECE = 1 << 19  # logits at a time, so that a piece stays in the cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class SasrecConfig(JudgeConfig):
+    """Size and loss of the sequence judge."""
+
+    width: int = 64
+    """W."""
+    blocks: int = 2
+    heads: int = 1
+    length: int = 50
+    """The newest history items that are read; older ones count for nothing."""
+    dropout: float = 0.2
+    loss: Literal["softmax", "sampled", "gbce"] = "softmax"
+    """Over the whole catalogue; over the batch's pool of negatives; or gSASRec's generalised binary cross-entropy
+    against that pool."""
+    negatives: int = 256
+    """S, negatives drawn uniformly where the batch brings no pool."""
+    calibration: float = 0.75
+    """t of gBCE: 0 is binary cross-entropy, 1 makes the probabilities true ones."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width % self.heads:
+            raise ConfigError(f"SasrecConfig.width is {self.width}; it must be a multiple of heads ({self.heads}).")
+        if self.loss not in ("softmax", "sampled", "gbce"):
+            raise ConfigError(f"SasrecConfig.loss is {self.loss!r}; choose softmax, sampled or gbce.")
+        if self.dropout >= 1 or self.calibration > 1:
+            raise ConfigError(
+                f"SasrecConfig.dropout is {self.dropout} and calibration {self.calibration}; "
+                "wanted less than 1 and at most 1."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SasrecState:
+    """One vector a user, whatever the length of the history."""
+
+    state_UW: Tensor
+
+    def __len__(self) -> int:
+        return len(self.state_UW)
+
+
+class _Block(nn.Module):
+    """Causal self-attention and a two-layer network, each with its residual."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.before, self.between = nn.LayerNorm(width, eps=1e-8), nn.LayerNorm(width, eps=1e-8)
+        self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.inner, self.outer = nn.Linear(width, width), nn.Linear(width, width)
+        # At the start a state is the last item plus the mean of what was read: what is alike scores high at once.
+        with torch.no_grad():
+            self.key_value.weight[width:].copy_(torch.eye(width))
+            self.out.weight.copy_(torch.eye(width))
+            self.outer.weight.zero_()
+            self.outer.bias.zero_()
+
+
+class SasrecJudge(ContentJudge):
+    """The judge ``sasrec``; see the module."""
+
+    Config = SasrecConfig
+    name = "sasrec"
+    every_position = True
+
+    def __init__(self, config: SasrecConfig, features: FeatureConfig, content: Content) -> None:
+        super().__init__(config, features, content)
+        self.config = config
+        self.tower = nn.Linear(self.width, config.width)
+        centre_inputs(self.tower, content.pictures_IP)
+        self.places = nn.Parameter(0.02 * torch.randn(config.length, config.width))
+        self.amount = nn.Parameter(torch.zeros(config.width))
+        self.nothing = nn.Parameter(0.02 * torch.randn(config.width))
+        self.blocks = nn.ModuleList(_Block(config.width, config.heads) for _ in range(config.blocks))
+        self.last = nn.LayerNorm(config.width, eps=1e-8)
+
+    def _encode(self, history: HistoryBatch) -> SasrecState:
+        read = history.newest(self.config.length)
+        return SasrecState(state_UW=self._last(read, self._states(read, self.tower(read.features_ND), None)))
+
+    def _score(self, state: SasrecState, candidates_UCD: Tensor) -> Tensor:
+        return (self.tower(candidates_UCD) @ state.state_UW[..., None])[..., 0]
+
+    def score_all(self, state: SasrecState, items_ID: Tensor) -> Tensor:
+        """Logits ``[U, I]``: one product."""
+        scores_UI: Tensor = state.state_UW @ self.tower(items_ID).T
+        return scores_UI
+
+    def states(self, history: HistoryBatch) -> Tensor:
+        """The state after each row of a history in time order, ``[N, W]``; at most ``length`` rows a user.
+
+        Raises:
+            DataError: a longer history, or rows that are not in time order.
+        """
+        history.check(self.width)
+        if not history.in_time_order or bool((history.lengths > self.config.length).any()):
+            raise DataError(f"states are of histories in time order of at most {self.config.length}; call newest().")
+        return self._states(history, self.tower(history.features_ND), None)
+
+    def _states(self, history: HistoryBatch, items_NW: Tensor, noise: torch.Generator | None) -> Tensor:
+        """``[N, W]`` from the tower's rows ``items_NW``; with ``noise``, units are dropped out."""
+        amount_N1 = history.weight_N.clamp_min(1e-2).log()[:, None]
+        back_N = history.offsets[1:][history.users_N] - 1 - torch.arange(len(items_NW), device=items_NW.device)
+        place_NW = self.places[self.config.length - 1 - back_N]
+        x_NW = items_NW * self.config.width**0.5 + place_NW + amount_N1 * self.amount
+        x_NW = self._dropped(x_NW, noise)
+        layout = _Layout(history)
+        for block in self.blocks:
+            q_NW = block.before(x_NW)
+            found_NW = block.out(_attend(block, layout, q_NW, x_NW))
+            x_NW = block.between(q_NW + self._dropped(found_NW, noise))
+            x_NW = x_NW + self._dropped(block.outer(block.inner(x_NW).relu()), noise)
+        states_NW: Tensor = self.last(x_NW)
+        return states_NW
+
+    def _last(self, history: HistoryBatch, states_NW: Tensor) -> Tensor:
+        """Each user's newest state; the learned one where there is no history."""
+        some_U1 = (history.lengths > 0)[:, None]
+        if not len(states_NW):
+            return self.nothing.expand(len(history), -1)
+        return torch.where(some_U1, states_NW[(history.offsets[1:] - 1).clamp_min(0)], self.nothing)
+
+    def _dropped(self, x_NW: Tensor, noise: torch.Generator | None) -> Tensor:
+        dropped = round(256 * self.config.dropout)
+        if noise is None or not self.training or not dropped:
+            return x_NW
+        # A byte a unit: eight times cheaper than a float each, at the price of dropping a whole number of 256ths.
+        words = torch.empty(-(-x_NW.numel() // 7), dtype=torch.int64, device=noise.device).random_(generator=noise)
+        bytes_X7 = words.view(torch.uint8).view(-1, 8)[:, :7]  # the eighth has the sign, which is never set
+        kept_NW = bytes_X7.reshape(-1)[: x_NW.numel()].view(x_NW.shape) >= dropped
+        return x_NW * kept_NW.to(x_NW.device) * (256 / (256 - dropped))
+
+    def loss(self, batch: TrainBatch, noise: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """What came next at every place, and what was taken last; see ``SasrecConfig.loss``.
+
+        Where candidates are shown otherwise than the catalogue has them (worn pictures, no words), the ranking loss
+        over them as shown is added. The sum over places is divided by users times ``length``, so that the loss is a
+        mean over users and several processes fit as one.
+
+        Raises:
+            DataError: the history does not say which items it holds.
+        """
+        history = batch.history.newest(self.config.length)
+        if history.items_N is None:
+            raise DataError("sasrec learns which item came next: give the history its items_N.")
+        catalogue_ID = self.embed_items()
+        rows_NW = self.tower(history.features_ND)
+        states_NW = self._states(history, rows_NW, noise)
+        last_UW = self._last(history, states_NW)
+        taken_UP = batch.items_UC[:, : batch.positives]
+        shift = torch.cat([self.nothing[None], states_NW[:-1]]) if len(states_NW) else states_NW
+        first_N1 = torch.arange(len(states_NW), device=states_NW.device) == history.offsets[:-1][history.users_N]
+        before_NW = torch.where(first_N1[:, None], self.nothing, shift)
+        next_ = _Next(
+            states_KW=torch.cat([before_NW, last_UW.repeat_interleave(batch.positives, 0)]),
+            own_KW=torch.cat([rows_NW, self.tower(catalogue_ID[taken_UP.flatten()])]),
+            items_K=torch.cat([history.items_N, taken_UP.flatten()]),
+            share_K=torch.cat(
+                [last_UW.new_ones(len(before_NW)), last_UW.new_full((taken_UP.numel(),), 1 / batch.positives)]
+            ),
+        )
+        total = self._next_loss(next_, batch, catalogue_ID, noise)
+        loss = total / (max(1, len(history)) * self.config.length)
+        parts = {"next": (total / next_.share_K.sum().clamp_min(1)).detach()}
+        shown_UCD = batch.candidates_UCD
+        if torch.equal(shown_UCD.detach(), catalogue_ID[batch.items_UC.clamp_min(0)].detach()):
+            return loss, parts
+        shown, shown_parts = ranking_loss((self.tower(shown_UCD) @ last_UW[..., None])[..., 0], batch, self.config.bce)
+        return loss + shown, parts | shown_parts
+
+    def _next_loss(self, next_: _Next, batch: TrainBatch, catalogue_ID: Tensor, noise: torch.Generator) -> Tensor:
+        if self.config.loss == "softmax":
+            items_IW = self.tower(catalogue_ID)
+            return next_softmax(next_, items_IW, items_IW.new_zeros(len(items_IW)), None)
+        pool_S, log_q_S = batch.pool_S, batch.pool_log_q_S
+        if pool_S is None or log_q_S is None:
+            count, items = self.config.negatives, self.items.items
+            pool_S = torch.randint(items, (count,), generator=noise, device=noise.device).to(catalogue_ID.device)
+            log_q_S = catalogue_ID.new_full((count,), math.log(count / items))
+        pool_SW = self.tower(catalogue_ID[pool_S])
+        if self.config.loss == "sampled":
+            return next_softmax(next_, pool_SW, -log_q_S, pool_S)
+        own_K = (next_.states_KW * next_.own_KW).sum(-1)
+        bad_KS = next_.states_KW @ pool_SW.T
+        real_KS = pool_S != next_.items_K[:, None]
+        power = gbce_power(len(pool_S), self.items.items, self.config.calibration)
+        return (gbce(own_K, bad_KS, real_KS, power) * next_.share_K).sum()
+
+    @torch.no_grad()
+    def explain(self, history: HistoryBatch, candidates_UCD: Tensor) -> Tensor:
+        """Contributions ``[U, C, T]``: the logit minus the logit without that history item; 0 where padded.
+
+        Without one of the newest ``length`` items the next older one is read instead; what is older counts for nothing.
+        """
+        history.check(self.width)
+        numbered = replace(history, items_N=torch.arange(len(history.features_ND), device=history.offsets.device))
+        read = numbered.newest(self.config.length + 1)
+        found_UCT = super().explain(read, candidates_UCD)
+        real_UT = history.real_UT()
+        out_UTC = found_UCT.new_zeros(*real_UT.shape, candidates_UCD.shape[1])
+        users_N = read.users_N
+        assert read.items_N is not None
+        out_UTC[users_N, read.items_N - history.offsets[users_N]] = found_UCT.transpose(1, 2)[read.real_UT()]
+        return out_UTC.transpose(1, 2).contiguous()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Next:
+    """What is learned from: a state, the item that came next, its vector, and how much the row counts."""
+
+    states_KW: Tensor
+    own_KW: Tensor
+    items_K: Tensor
+    share_K: Tensor
+
+
+class _Layout:
+    """Where rows stand in the padded box that attention works in; nowhere else is anything padded."""
+
+    def __init__(self, history: HistoryBatch) -> None:
+        lengths_U = history.lengths
+        self.users, self.longest = len(lengths_U), int(lengths_U.max()) if len(lengths_U) else 0
+        self.full = bool((lengths_U == self.longest).all())
+        users_N = history.users_N
+        self.place_N = torch.arange(len(users_N), device=users_N.device) + (
+            users_N * self.longest - history.offsets[users_N]
+        )
+
+    def pad(self, rows_NX: Tensor) -> Tensor:
+        """``[N, X]`` -> ``[U, L, X]``."""
+        if not self.full:
+            rows_NX = rows_NX.new_zeros(self.users * self.longest, rows_NX.shape[1]).index_copy(
+                0, self.place_N, rows_NX
+            )
+        return rows_NX.view(self.users, self.longest, -1)
+
+    def unpad(self, box_ULX: Tensor) -> Tensor:
+        """``[U, L, X]`` -> ``[N, X]``."""
+        rows = box_ULX.reshape(self.users * self.longest, -1)
+        return rows if self.full else rows[self.place_N]
+
+
+def _attend(block: _Block, layout: _Layout, q_NW: Tensor, x_NW: Tensor) -> Tensor:
+    """Causal attention of every row over its user's rows up to itself, ``[N, W]``."""
+    if not len(q_NW):
+        return q_NW
+    heads = block.heads
+    query, key, value = (
+        layout.pad(rows).unflatten(-1, (heads, -1)).transpose(1, 2)
+        for rows in (block.query(q_NW), *block.key_value(x_NW).chunk(2, -1))
+    )
+    found_UALE = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    return layout.unpad(found_UALE.transpose(1, 2).flatten(2))
+
+
+def gbce_power(negatives: int, items: int, calibration: float) -> float:
+    """beta of gBCE: ``alpha (t (1 - 1 / alpha) + 1 / alpha)`` with ``alpha = negatives / (items - 1)``.
+
+    Petrov and Macdonald 2023, equation 10. More negatives than items count as all.
+
+    Example:
+        >>> gbce_power(4, 101, 0.0), round(gbce_power(4, 101, 1.0), 4)
+        (1.0, 0.04)
+    """
+    alpha = min(1.0, negatives / max(1, items - 1))
+    return alpha * (calibration * (1 - 1 / alpha) + 1 / alpha)
+
+
+def gbce(good_K: Tensor, bad_KS: Tensor, real_KS: Tensor, power: float) -> Tensor:
+    """``-(power log sigmoid(good) + sum log(1 - sigmoid(bad))) / (S + 1)`` a row, over the bad ones that are real."""
+    bad_K = (F.softplus(bad_KS) * real_KS).sum(-1)
+    return (power * F.softplus(-good_K) + bad_K) / (real_KS.sum(-1) + 1)
+
+
+def next_softmax(next_: _Next, items_SW: Tensor, bias_S: Tensor, pool_S: Tensor | None) -> Tensor:
+    """Cross-entropy of the item that came next against others, summed over rows times their shares.
+
+    Args:
+        items_SW: the others.
+        bias_S: added to their logits; minus the log of the expected number of draws makes the normaliser unbiased
+            (logQ correction; the item that came next is always there, so it is not corrected).
+        pool_S: which catalogue items they are; None for the whole catalogue in its order.
+    """
+    own_K = (next_.states_KW * next_.own_KW).sum(-1)
+    found: Tensor = _Softmax.apply(next_.states_KW, own_K, items_SW, bias_S, pool_S, next_.items_K, next_.share_K)
+    return found
+
+
+class _Softmax(torch.autograd.Function):
+    """The cross-entropy and its gradients in one pass over pieces: the ``[K, S]`` logits never exist as a whole."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states_KW: Tensor,
+        own_K: Tensor,
+        items_SW: Tensor,
+        bias_S: Tensor,
+        pool_S: Tensor | None,
+        items_K: Tensor,
+        share_K: Tensor,
+    ) -> Tensor:
+        states, own, items = states_KW.float(), own_K.float(), items_SW.float()
+        d_states, d_own, d_items = torch.zeros_like(states), torch.zeros_like(own), torch.zeros_like(items)
+        total = own.new_zeros(())
+        for piece in _pieces(len(states), len(items)):
+            logits = torch.addmm(bias_S, states[piece], items.T)
+            # The item itself is not among the others.
+            if pool_S is None:
+                logits.scatter_(1, items_K[piece, None], -torch.inf)
+            else:
+                logits.masked_fill_(pool_S == items_K[piece, None], -torch.inf)
+            top = torch.maximum(logits.amax(1), own[piece])
+            chance = logits.sub_(top[:, None]).exp_()
+            own_chance = (own[piece] - top).exp_()
+            mass = chance.sum(1) + own_chance
+            total += ((mass.log() + top - own[piece]) * share_K[piece]).sum()
+            rate = share_K[piece] / mass
+            chance.mul_(rate[:, None])
+            torch.mm(chance, items, out=d_states[piece])
+            d_items.addmm_(chance.T, states[piece])
+            d_own[piece] = own_chance * rate - share_K[piece]
+        ctx.save_for_backward(d_states, d_own, d_items)
+        ctx.dtypes = states_KW.dtype, own_K.dtype, items_SW.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        d_states, d_own, d_items = (
+            (grad * value).to(dtype) for value, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return d_states, d_own, d_items, None, None, None, None
+
+
+def _pieces(rows: int, wide: int) -> Iterator[slice]:
+    step = max(1, _PIECE // max(1, wide))
+    return (slice(at, min(rows, at + step)) for at in range(0, rows, step))
