@@ -5,9 +5,10 @@
 
 The card of arXiv 2509.04751 asks for a behaviour-driven embedding of viewing, liking and commenting that follows
 interest drift; the body could not be had, so this form is ours. A behaviour's strength is
-``softplus(a_kind + b_kind log(1 + value))`` times its weight. Kind and value scale an item's vector before they are added to
-it, so that after averaging "liked this, saw that" can still be told from "saw this, liked that". The prior is what a stranger's interest is; it counts as
-a constant amount in the long-term mean, so a history that has faded falls back on it.
+``softplus(a_kind + b_kind log(1 + value))`` times its weight. Kind and value scale an item's vector before they are
+added to it, so that after averaging "liked this, saw that" can still be told from "saw this, liked that". The prior is
+what a stranger's interest is; it counts as a constant amount in the long-term mean, so a history that has faded falls
+back on it.
 
 Letters: U users, T history length, R newest behaviours that are asked, N rows, E width, H heads, F width of a head.
 """
