@@ -20,9 +20,12 @@ from couturier.components.interest.items import Content, FeatureConfig
 from couturier.components.interest.judges.attention import AttentionConfig, AttentionJudge
 from couturier.components.interest.judges.aw_moe import AwMoeConfig, AwMoeJudge
 from couturier.components.interest.judges.dare import DareConfig, DareJudge
+from couturier.components.interest.judges.dmf import DmfConfig, DmfJudge
 from couturier.components.interest.judges.hcn import HcnConfig, HcnJudge
 from couturier.components.interest.judges.hypercuboid import HypercuboidConfig, HypercuboidJudge
 from couturier.components.interest.judges.mqsa_ted import MqsaTedConfig, MqsaTedJudge
+from couturier.components.interest.judges.multimodal import MultimodalConfig, MultimodalJudge
+from couturier.components.interest.judges.muse import MuseConfig, MuseJudge
 from couturier.components.interest.judges.tin import TinConfig, TinJudge
 from couturier.components.interest.types import HistoryBatch
 
@@ -38,6 +41,9 @@ class JudgeSettings:
     mqsa_ted: MqsaTedConfig = field(default_factory=MqsaTedConfig)
     aw_moe: AwMoeConfig = field(default_factory=AwMoeConfig)
     hypercuboid: HypercuboidConfig = field(default_factory=HypercuboidConfig)
+    dmf: DmfConfig = field(default_factory=DmfConfig)
+    multimodal: MultimodalConfig = field(default_factory=MultimodalConfig)
+    muse: MuseConfig = field(default_factory=MuseConfig)
 
     def settings_of(self, name: str) -> JudgeConfig:
         """The settings of a judge.
@@ -52,7 +58,18 @@ class JudgeSettings:
 
 JUDGES: dict[str, type[ContentJudge]] = {
     judge.name: judge
-    for judge in (AttentionJudge, TinJudge, DareJudge, HcnJudge, MqsaTedJudge, AwMoeJudge, HypercuboidJudge)
+    for judge in (
+        AttentionJudge,
+        TinJudge,
+        DareJudge,
+        HcnJudge,
+        MqsaTedJudge,
+        AwMoeJudge,
+        HypercuboidJudge,
+        DmfJudge,
+        MultimodalJudge,
+        MuseJudge,
+    )
 }
 WEIGHTS, SETTINGS = "judge.safetensors", "judge.json"
 
