@@ -24,15 +24,20 @@ from couturier.kernels.jagged import pair_offsets, pairs
 
 def signatures(x_Nd: Tensor, planes_dGb: Tensor) -> Tensor:
     """As :func:`couturier.kernels.hash_sampling.signatures`, in one matrix product."""
-    with torch.no_grad():
-        d, groups, bits = planes_dGb.shape
-        # In the dtype of the planes, as everywhere: a bit must not depend on who computes it.
-        planes_dbG = planes_dGb.transpose(1, 2).reshape(d, bits * groups)
-        above_NbG = (x_Nd.to(planes_dGb.dtype) @ planes_dbG > 0).view(-1, bits, groups)
-        out_NG = above_NbG[:, 0].long()
-        for i in range(1, bits):
-            out_NG.add_(above_NbG[:, i], alpha=1 << i)
-        return out_NG
+    return _signatures(x_Nd, planes_dGb).long()
+
+
+@torch.no_grad()
+def _signatures(x_Nd: Tensor, planes_dGb: Tensor) -> Tensor:
+    """In as few bytes as hold them: what follows is limited by memory."""
+    d, groups, bits = planes_dGb.shape
+    # In the dtype of the planes, as everywhere: a bit must not depend on who computes it.
+    planes_dbG = planes_dGb.transpose(1, 2).reshape(d, bits * groups)
+    above_NbG = (x_Nd.to(planes_dGb.dtype) @ planes_dbG > 0).view(-1, bits, groups)
+    out_NG = above_NbG[:, 0].to(torch.uint8 if bits <= 8 else torch.int32)
+    for i in range(1, bits):
+        out_NG |= above_NbG[:, i].to(out_NG.dtype) << i
+    return out_NG
 
 
 def bucket_table(behaviours_Nd: Tensor, values_Ne: Tensor, offsets: Tensor, planes_dGb: Tensor) -> Tensor:
@@ -40,15 +45,14 @@ def bucket_table(behaviours_Nd: Tensor, values_Ne: Tensor, offsets: Tensor, plan
     groups, bits = planes_dGb.shape[1:]
     users, behaviours, e = offsets.numel() - 1, *values_Ne.shape
     user_N = torch.arange(users, device=offsets.device).repeat_interleave(offsets.diff(), output_size=behaviours)
-    bucket_NG = _bucket(user_N, signatures(behaviours_Nd, planes_dGb), groups, bits)
     buckets = (users * groups) << bits
     # Radix sort is twice as fast on half the bytes.
-    small = bucket_NG.to(torch.int32) if buckets < 2**31 else bucket_NG
-    order_M = small.view(-1).argsort(stable=True)
+    bucket_NG = _bucket(user_N.to(torch.int32 if buckets < 2**31 else torch.int64), behaviours_Nd, planes_dGb)
+    order_M = bucket_NG.view(-1).argsort(stable=True)
     lists = _Lists(
         row_M=order_M // groups,
         start=_starts(bucket_NG.view(-1), buckets),
-        turned=lambda: (bucket_NG.view(-1), _every(groups, bucket_NG)),
+        turned=lambda: (bucket_NG.view(-1).long(), _every(groups, bucket_NG)),
     )
     sums: Tensor = _ListSums.apply(_wide(values_Ne), lists)
     return sums.view(users, groups, 1 << bits, e)
@@ -56,8 +60,8 @@ def bucket_table(behaviours_Nd: Tensor, values_Ne: Tensor, offsets: Tensor, plan
 
 def lookup(table: Tensor, candidates_Rd: Tensor, planes_dGb: Tensor, row_user: Tensor) -> Tensor:
     """As :func:`couturier.kernels.hash_sampling.lookup`: gather, normalise, mean."""
-    groups, bits = planes_dGb.shape[1:]
-    bucket_RG = _bucket(row_user, signatures(candidates_Rd, planes_dGb), groups, bits)
+    groups = planes_dGb.shape[1]
+    bucket_RG = _bucket(row_user, candidates_Rd, planes_dGb)
     rows, (buckets, e) = candidates_Rd.shape[0], table.flatten(0, 2).shape
     if rows * groups < buckets:
         found_RGe = table.flatten(0, 2).index_select(0, bucket_RG.view(-1)).view(rows, groups, e)
@@ -89,7 +93,7 @@ def hash_sampling(
         table = bucket_table(behaviours_Nd, values_Ne, offsets, planes_dGb)
         return lookup(table, candidates_Rd, planes_dGb, row_user)
     row_P, behaviour_P = pairs(offsets, row_user)
-    of_candidate, of_behaviour = signatures(candidates_Rd, planes_dGb), signatures(behaviours_Nd, planes_dGb)
+    of_candidate, of_behaviour = _signatures(candidates_Rd, planes_dGb), _signatures(behaviours_Nd, planes_dGb)
     meets_GP = (of_candidate[row_P] == of_behaviour[behaviour_P]).t()
     group_M, pair_M = meets_GP.nonzero(as_tuple=True)
     list_M, row_M = group_M * rows + row_P[pair_M], behaviour_P[pair_M]
@@ -146,10 +150,11 @@ def _every(groups: int, bucket_NG: Tensor) -> Tensor:
     return torch.arange(0, bucket_NG.numel(), groups, device=bucket_NG.device)
 
 
-def _bucket(user: Tensor, signature_NG: Tensor, groups: int, bits: int) -> Tensor:
-    """The number of a bucket among those of all users, groups and signatures."""
-    group = torch.arange(groups, device=user.device)
-    return ((user[:, None] * groups + group) << bits) + signature_NG
+def _bucket(user_N: Tensor, x_Nd: Tensor, planes_dGb: Tensor) -> Tensor:
+    """The number of each row's bucket among those of all users, groups and signatures, ``[N, G]`` typed like user."""
+    groups, bits = planes_dGb.shape[1:]
+    group_G = torch.arange(groups, device=user_N.device, dtype=user_N.dtype)
+    return ((user_N[:, None] * groups + group_G) << bits) + _signatures(x_Nd, planes_dGb)
 
 
 def _wide(x: Tensor) -> Tensor:
