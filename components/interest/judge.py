@@ -20,12 +20,14 @@ from couturier.components.interest.items import Content, FeatureConfig
 from couturier.components.interest.judges.attention import AttentionConfig, AttentionJudge
 from couturier.components.interest.judges.aw_moe import AwMoeConfig, AwMoeJudge
 from couturier.components.interest.judges.dare import DareConfig, DareJudge
+from couturier.components.interest.judges.din import DinConfig, DinJudge
 from couturier.components.interest.judges.dmf import DmfConfig, DmfJudge
 from couturier.components.interest.judges.hcn import HcnConfig, HcnJudge
 from couturier.components.interest.judges.hypercuboid import HypercuboidConfig, HypercuboidJudge
 from couturier.components.interest.judges.mqsa_ted import MqsaTedConfig, MqsaTedJudge
 from couturier.components.interest.judges.multimodal import MultimodalConfig, MultimodalJudge
 from couturier.components.interest.judges.muse import MuseConfig, MuseJudge
+from couturier.components.interest.judges.sasrec import SasrecConfig, SasrecJudge
 from couturier.components.interest.judges.tin import TinConfig, TinJudge
 from couturier.components.interest.types import HistoryBatch
 
@@ -35,15 +37,17 @@ class JudgeSettings:
     """The settings of every judge, each under its own name; only those of the judge in use count."""
 
     attention: AttentionConfig = field(default_factory=AttentionConfig)
-    dare: DareConfig = field(default_factory=DareConfig)
-    hcn: HcnConfig = field(default_factory=HcnConfig)
-    tin: TinConfig = field(default_factory=TinConfig)
+    sasrec: SasrecConfig = field(default_factory=SasrecConfig)
     mqsa_ted: MqsaTedConfig = field(default_factory=MqsaTedConfig)
-    aw_moe: AwMoeConfig = field(default_factory=AwMoeConfig)
-    hypercuboid: HypercuboidConfig = field(default_factory=HypercuboidConfig)
     dmf: DmfConfig = field(default_factory=DmfConfig)
     multimodal: MultimodalConfig = field(default_factory=MultimodalConfig)
     muse: MuseConfig = field(default_factory=MuseConfig)
+    dare: DareConfig = field(default_factory=DareConfig)
+    hcn: HcnConfig = field(default_factory=HcnConfig)
+    tin: TinConfig = field(default_factory=TinConfig)
+    aw_moe: AwMoeConfig = field(default_factory=AwMoeConfig)
+    hypercuboid: HypercuboidConfig = field(default_factory=HypercuboidConfig)
+    din: DinConfig = field(default_factory=DinConfig)
 
     def settings_of(self, name: str) -> JudgeConfig:
         """The settings of a judge.
@@ -60,15 +64,17 @@ JUDGES: dict[str, type[ContentJudge]] = {
     judge.name: judge
     for judge in (
         AttentionJudge,
-        TinJudge,
-        DareJudge,
-        HcnJudge,
+        SasrecJudge,
         MqsaTedJudge,
-        AwMoeJudge,
-        HypercuboidJudge,
         DmfJudge,
         MultimodalJudge,
         MuseJudge,
+        TinJudge,
+        DareJudge,
+        HcnJudge,
+        AwMoeJudge,
+        HypercuboidJudge,
+        DinJudge,
     )
 }
 WEIGHTS, SETTINGS = "judge.safetensors", "judge.json"
