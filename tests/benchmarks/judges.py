@@ -30,7 +30,9 @@ DATA = ("ml-100k", "complete-journey")
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one setting, one seed, few epochs: under ten minutes")
+    parser.add_argument(
+        "--quick", action="store_true", help="ML-100K, one setting, one seed, few epochs: under ten minutes"
+    )
     parser.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     parser.add_argument("--data", choices=(*DATA, "both"), default="both")
     parser.add_argument("--judges", default="all", help="names with commas between, all or none")
@@ -94,12 +96,19 @@ def compare(split: Split, options: argparse.Namespace, say: runner.Say) -> list[
     for form in forms_of(split, options):
         say(f"{split.name} {form}")
         models = runner.TOPK if form.startswith("topk") else runner.CLICK
-        wanted = tuple(
+        control = (runner.FAVOURITES,) if form == "topk-basket" else ()
+        wanted = control + tuple(
             model
             for model in models
-            if model.peer in peers and (options.models == "all" or model.name in options.models.split(","))
+            if model.peer in peers
+            and (model.name in options.models.split(",") or options.models == "all")
+            and not (options.quick and model.slow)
         )
-        wanted += tuple(ours.model(name, form, repeats="basket" in split.tasks) for name in ours.known(judges))
+        wanted += tuple(
+            ours.model(name, form, repeats="basket" in split.tasks)
+            for name in ours.known(judges)
+            if not options.quick or ours.quick_form(name, form)
+        )
         rows = runner.rows(runner.Runner(split, cache, plan, say), wanted, form, say)
         for row in rows:
             row.form = f"{split.name}/{form}"
@@ -122,6 +131,7 @@ def main() -> None:
 
     cache = environments.cache_folder()
     names = DATA if options.data == "both" else (options.data,)
+    names = names[:1] if options.quick else names
     splits = [write_split(sources.load(name, cache), Config(), cache / "splits") for name in names]
     rows = [row for split in splits for row in compare(split, options, say)]
     ratios: dict[str, Any] = {} if options.no_speed else speed.ratios(splits[0], plan_of(options), cache, say)

@@ -9,7 +9,7 @@ Runs as ``python -m peers.fuxictr_peer`` from ``tests/benchmarks``. Traps met, a
 * the checkpoint's folder must exist before ``fit``, and ``fit`` ends by loading the best epoch from it;
 * SDIM and TWIN cut the newest ``short_seq_len`` from T + 1 items but the mask from T, so that a batch whose longest
   history is below ``short_seq_len`` - 1 fails: batches are large enough here to hold a long history;
-* the loader forks a worker a pass by default, which costs more than it brings here: it reads in the process.
+* the loader forks a worker a pass by default; fits read in the process, speeds are measured both ways.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ NAMES = (
     "mqsa_ted",
     "hypercuboid",
 )
+_ADAPTER = ("ours_peer.py", "our_examples.py")
+_SHARED = ("base.py", "items.py", "layers.py", "log_examples.py", "loop.py", "sampling.py", "types.py")
 _TOPK: dict[str, Any] = {
     "steps": 1200,
     "eval_every": 75,
@@ -64,7 +67,12 @@ def model(name: str, form: str, *, repeats: bool = False) -> Model:
         grid = (first, {**first, "learning_rate": 1e-3}, {**first, "weight_decay": 0.3}, {**first, "history": 100})
         quick = {key: value for key, value in first.items() if key != "patience"}
         quick |= {"steps": 200, "eval_every": 200, "epochs": 200}
-    return Model(peer="ours", name=name, grid=grid, quick=quick, source=source_digest())
+    return Model(peer="ours", name=name, grid=grid, quick=quick, source=source_digest(name))
+
+
+def quick_form(name: str, form: str) -> bool:
+    """Whether a quick run measures a judge on a form: each on one, sequence judges by ranking, the others by clicks."""
+    return JUDGES[name].every_position == form.startswith("topk")
 
 
 def known(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -72,13 +80,15 @@ def known(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in names if name in JUDGES)
 
 
-def source_digest() -> str:
-    """A hash of the code that a judge's figures depend on, so that the cache forgets them when it changes."""
-    root = Path(__file__).resolve().parents[3]
-    digest = hashlib.sha256()
-    for name in ("ours_peer.py", "our_examples.py"):
-        digest.update(Path(__file__).with_name(name).read_bytes())
-    for folder in ("components/interest", "kernels"):
-        for path in sorted((root / folder).rglob("*.py")):
-            digest.update(path.read_bytes())
+def source_digest(name: str) -> str:
+    """A hash of the code that a judge's figures depend on, so that the cache forgets them when it changes.
+
+    Kernels are left out: they are faster ways to the same numbers.
+    """
+    here = Path(__file__).resolve().parent
+    interest = here.parents[2] / "components" / "interest"
+    module = sys.modules[JUDGES[name].__module__].__file__
+    digest = hashlib.sha256(Path(module or "").read_bytes())
+    for path in (*(here / f for f in _ADAPTER), *(interest / f for f in _SHARED)):
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:10]

@@ -85,7 +85,7 @@ def tables(rows: list[Row], ratios: dict[str, Any], about: dict[str, Any]) -> st
     if ratios:
         lines += ["", "## Speed, both sides in this run", "", "| what | ours | other | ratio |", "|---|---|---|---|"]
         for name, one in ratios.items():
-            lines.append(f"| {name}: {one['unit']} | {one['ours']:,.0f} | {one['other']:,.0f} | {one['ratio']:.2f} |")
+            lines.append(f"| {name}: {one['unit']} | {one['ours']:.4g} | {one['other']:.4g} | {one['ratio']:.2f} |")
     return "\n".join(lines) + "\n"
 
 

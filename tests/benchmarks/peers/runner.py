@@ -38,6 +38,8 @@ class Model:
     """Whether a seed changes anything; where not, one run stands for all seeds."""
     quick: dict[str, Any] | None = None
     """The one setting of a quick run; None takes the default."""
+    slow: bool = False
+    """Whether a quick run leaves it out."""
     source: str = ""
     """A hash of the code behind it, for our own models, whose code is not pinned by an environment."""
 
@@ -53,7 +55,7 @@ TOPK = (
     Model(
         peer="rectools",
         name="ease",
-        grid=tuple({"regularization": value} for value in (300.0, 30.0, 100.0, 1000.0, 3000.0, 10000.0)),
+        grid=tuple({"regularization": value} for value in (300.0, 1000.0, 100.0, 10000.0, 30.0, 3000.0)),
         seeded=False,
     ),
     Model(
@@ -90,6 +92,8 @@ TOPK = (
 _CLICK: dict[str, Any] = {"epochs": 8}
 _QUICK_CLICK: dict[str, Any] = {"epochs": 1}
 _RATES = (_CLICK, {**_CLICK, "learning_rate": 3e-3}, {**_CLICK, "net_dropout": 0.3})
+# For baskets only: elsewhere what a person had is left out.
+FAVOURITES = Model(peer="reference", name="favourites", grid=({},), seeded=False)
 CLICK = tuple(
     Model(peer="fuxictr", name=name, grid=(*_RATES, {**_CLICK, **own}), quick=_QUICK_CLICK)
     for name, own in (
@@ -211,7 +215,7 @@ class Runner:
         return chosen, spent
 
     def _python(self, model: Model) -> Path:
-        if model.peer == "ours":
+        if model.peer in ("ours", "reference"):
             return Path(sys.executable)
         return environments.environment(model.peer, self._cache, install=self._plan.install)
 
