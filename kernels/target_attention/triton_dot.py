@@ -299,7 +299,8 @@ class DotAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         starts = pair_offsets(offsets, row_user)
         row_of, row_first = rows_by_user(row_user, offsets.numel() - 1)
-        out, lse = q.new_zeros(q.shape[0], v.shape[1]), q.new_zeros(q.shape[0], dtype=torch.float32)
+        # In float32, as the backward subtracts g . out from numbers near it.
+        out, lse = (torch.zeros(*size, device=q.device) for size in ((q.shape[0], v.shape[1]), (q.shape[0],)))
         score = q.new_empty(int(starts[-1]), dtype=torch.float32)
         ctx.sizes = sizes = _sizes(q, v)
         user, place, count = tiles(row_first, q.shape[0], sizes["C"])
@@ -315,13 +316,13 @@ class DotAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, out, score, lse, offsets, row_of, row_first, starts)
         ctx.scale, ctx.dtypes = scale, [None if b is None else b.dtype for b in (behaviour_bias, pair_bias)]
         ctx.set_materialize_grads(False)
-        return out, weight
+        return out.to(q), weight
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor | None, g_weight: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, score, lse, offsets, row_of, row_first, starts = ctx.saved_tensors
-        g = torch.zeros_like(out) if g is None else g.contiguous()
+        g = torch.zeros_like(out, dtype=q.dtype) if g is None else g.contiguous()
         delta = row_delta(g, out, g_weight, score, lse, starts)
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         d_bias, d_score = lse.new_zeros(k.shape[0]), torch.zeros_like(score)

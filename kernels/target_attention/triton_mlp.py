@@ -344,7 +344,8 @@ class MlpAttention(torch.autograd.Function):
         want_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         starts = pair_offsets(offsets, row_user)
-        out, lse = q.new_zeros(q.shape[0], v.shape[1]), q.new_zeros(q.shape[0], dtype=torch.float32)
+        # In float32, as the backward subtracts g . out from numbers near it.
+        out, lse = (torch.zeros(*size, device=q.device) for size in ((q.shape[0], v.shape[1]), (q.shape[0],)))
         score = q.new_zeros(int(starts[-1]), dtype=torch.float32)
         ctx.scale, ctx.softmax = q.shape[1] ** -0.5 if softmax else 1.0, softmax
         parts = (from_query, from_key, wp, w2, b2, w3)
@@ -354,14 +355,14 @@ class MlpAttention(torch.autograd.Function):
             _fwd[(_programs(q),)](q, k, v, *parts, b3, out, score, lse, *jagged, **sizes, SOFTMAX=softmax)
         ctx.save_for_backward(q, k, v, *parts, b3, out, score, lse, offsets, row_user, starts)
         ctx.set_materialize_grads(False)
-        return out, _weights(score, lse, starts, softmax).to(q) if want_weights else None
+        return out.to(q), _weights(score, lse, starts, softmax).to(q) if want_weights else None
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor | None, g_weight: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, *parts, b3, out, score, lse, offsets, row_user, starts = ctx.saved_tensors
         fq, fk, wp, w2, b2, w3 = parts
-        g = torch.zeros_like(out) if g is None else g.contiguous()
+        g = torch.zeros_like(out, dtype=q.dtype) if g is None else g.contiguous()
         weight = _weights(score, lse, starts, ctx.softmax)
         row_of, row_first = rows_by_user(row_user, offsets.numel() - 1)
         jagged = (row_of, row_first, offsets, starts)
