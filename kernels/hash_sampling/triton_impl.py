@@ -99,7 +99,7 @@ def table_kernel(
     low = tl.load(offsets + i_u)
     high = tl.load(offsets + i_u + 1)
     o_d = tl.arange(0, BD)
-    o_e = tl.arange(0, BE)
+    o_e = tl.program_id(1) * BE + tl.arange(0, BE)
     o_s = tl.arange(0, G2 * S)
     m_d = o_d < D
     m_e = o_e < E
@@ -201,6 +201,12 @@ def hash_sampling(
     return lookup(bucket_table(behaviours_Nd, values_Ne, offsets, planes_dGb), candidates_Rd, planes_dGb, row_user)
 
 
+def tile_e(dtype: torch.dtype, e: int) -> int:
+    """Width of the values that one program sums, so that the table fits (``resources_sm90.json``). Where the values
+    are wider, the list is hashed once a tile."""
+    return min(max(16, triton.next_power_of_2(e)), 128 if dtype.itemsize == 2 else 64)
+
+
 def padded_planes(planes_dGb: Tensor) -> Tensor:
     """``[d, G2 * B2]`` float32: groups and bits padded to powers of two with planes of zeros, at least 16 in all."""
     d, groups, bits = planes_dGb.shape
@@ -248,7 +254,8 @@ def _run_table(
     signatures_2 = 1 << bits
     if not table.numel():
         return
-    _table[(table.shape[0],)](
+    tile = tile_e(values.dtype, e)
+    _table[(table.shape[0], triton.cdiv(e, tile))](
         x.contiguous(),
         padded,
         values,
@@ -258,7 +265,7 @@ def _run_table(
         D=d,
         E=e,
         BD=max(16, triton.next_power_of_2(d)),
-        BE=max(16, triton.next_power_of_2(e)),
+        BE=tile,
         G2=groups_2,
         B2=bits_2,
         S=signatures_2,

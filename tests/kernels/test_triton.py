@@ -26,7 +26,12 @@ pytestmark = pytest.mark.skipif(
 INTERPRETED = sorted(path.name for path in Path(__file__).parent.glob("interpret_*.py"))
 COMPILED = sorted(path.stem.removeprefix("compile_") for path in Path(__file__).parent.glob("compile_*.py"))
 # One width a kernel in the fast tests, all of them in the slow ones.
-FEW = {"target_attention": "bf16/64", "topk_search": "bf16/64k16"}
+FEW = {
+    "hash_sampling": "(bf16|lookup.*)/64",
+    "linear_attention": "bf16/64$",
+    "target_attention": "bf16/64",
+    "topk_search": "bf16/64k16",
+}
 
 
 def test_every_operator_is_here() -> None:
