@@ -12,6 +12,9 @@ from transformers import JanusConfig, JanusForConditionalGeneration
 from couturier.components.data.formats import Catalogue
 from couturier.components.errors import ConfigError, LineageError
 from couturier.components.generator.janus import GeneratorConfig, JanusGenerator
+from couturier.components.runtime import threads
+
+from .conftest import CODEBOOK, CODES
 
 
 def test_changing_one_history_picture_changes_the_first_code(generator: JanusGenerator, histories: np.ndarray) -> None:
@@ -133,3 +136,17 @@ def test_errors_name_what_is_wrong(generator: JanusGenerator, catalogue: Catalog
         JanusGenerator.load(tmp_path)
     with pytest.raises(ConfigError, match="neither a folder"):
         JanusGenerator.published(GeneratorConfig(base=str(tmp_path / "absent")), catalogue)
+
+
+def test_gradients_are_the_same_bits_on_two_threads_every_time(generator: JanusGenerator) -> None:
+    """Many histories show the same few items, so that many gradients add up in one row of the aligner's output."""
+    histories = np.random.default_rng(0).integers(0, 3, (512, 5))
+    codes = torch.randint(CODEBOOK, (512, 1, CODES), generator=torch.Generator().manual_seed(0))
+    prompts = generator.prompts.build(histories)
+    found = []
+    with threads(2):
+        for _ in range(12):
+            generator.zero_grad()
+            generator.log_prob(prompts, codes).mean().backward()
+            found.append(torch.cat([p.grad.flatten() for p in generator.parameters() if p.grad is not None]))
+    assert all(torch.equal(found[0], other) for other in found[1:])
