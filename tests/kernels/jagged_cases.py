@@ -62,9 +62,10 @@ class Lists:
         return [self.normal(len(self.rows), h), self.normal(n, h), self.normal(n, values_width)]
 
     def layers(self, *hidden: int) -> list[tuple[Tensor, Tensor]]:
+        """Weights large enough that units differ: with equal units gradients cancel under a softmax."""
         sizes = [4 * self.width, *hidden, 1]
         return [
-            (self.normal(after, before, scale=before**-0.5), self.normal(after))
+            (self.normal(after, before), self.normal(after))
             for before, after in zip(sizes, sizes[1:], strict=False)
         ]
 
