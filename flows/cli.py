@@ -24,7 +24,7 @@ from typer.main import get_command
 
 from couturier.components.errors import CouturierError, MissingExtraError
 from couturier.components.telemetry import quiet_environment
-from couturier.flows import cli_compare, cli_data, cli_models, cli_run, cli_serve
+from couturier.flows import cli_compare, cli_data, cli_judge, cli_models, cli_run, cli_serve
 
 EXIT_ERROR, EXIT_STOPPED = 1, 130
 # What an import that fails says about what to install.
@@ -77,6 +77,7 @@ def couturier(
 cli_data.add_to(app)
 cli_run.add_to(app)
 cli_compare.add_to(app)
+cli_judge.add_to(app)
 cli_models.add_to(app)
 cli_serve.add_to(app)
 

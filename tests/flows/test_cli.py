@@ -32,6 +32,7 @@ SURFACE = {
     "retrain": {"--recipe", "--set", "--who", JSON},
     "runs": {"--limit", JSON},
     "report": {"RUN", JSON},
+    "explain": {"USER", "--items", "--n", "--seed", "--top", "--concept", "--model", JSON},
     "models": {JSON},
     "lineage": {"WHAT", "--mermaid", JSON},
     "promote": {"VERSION", "--force", "--recipe", "--who", "--why", JSON},
