@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 from couturier.components.errors import ConfigError
 from couturier.components.interest.base import ContentJudge
@@ -13,6 +16,9 @@ from couturier.components.interest.items import Content, FeatureConfig
 from couturier.components.interest.judges.tin import TinConfig, TinJudge
 from couturier.components.interest.types import HistoryBatch, TrainBatch
 from couturier.components.runtime import global_seed
+
+from ..worlds import tin as world
+from ..worlds.base import Comparison
 
 ITEMS, WIDTH = 12, 6
 SMALL = TinConfig(embedding=8, times=16, hidden=12)
@@ -130,3 +136,70 @@ def test_the_learned_correlation_has_a_matrix_a_target() -> None:
 def test_another_measure_of_time_is_refused() -> None:
     with pytest.raises(ConfigError, match="choose one of position, interval"):
         TinConfig(time="weekday")  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def learned() -> ContentJudge:
+    """TIN after its fit in the planted world of ten kinds, shortened."""
+    return world.fitted("tin", seed=0, steps=200)
+
+
+def test_explain_names_the_newest_behaviour_of_the_kind(learned: ContentJudge) -> None:
+    """Planted: a behaviour of the candidate's kind speaks for it, the newer the louder; others say little."""
+    kinds_T = torch.tensor([3, 7, 7, 5, 2, 3, 1, 8, 5, 3])  # oldest first; 3 is the oldest, in the middle, the newest
+    history = HistoryBatch(
+        features_ND=torch.eye(world.KINDS)[kinds_T],
+        age_days_N=torch.arange(10, 0, -1) / 24,
+        weight_N=torch.ones(10),
+        offsets=torch.tensor([0, 10]),
+        in_time_order=True,
+    )
+    parts_CT = learned.explain(history, torch.eye(world.KINDS)[[3, 5, 8]][None])[0]
+    of_3, of_5, of_8 = parts_CT
+    assert of_3.argmax() == 9 and of_3[9] > of_3[5] > of_3[0]
+    assert of_5.argmax() == 8 and of_5[8] > of_5[3] > 0
+    assert of_8.argmax() == 7 and of_8[7] > 3 * of_8[[0, 1, 2, 3, 4, 5, 6, 8, 9]].abs().mean()
+
+
+def test_the_learned_correlation_is_the_measured_one(learned: ContentJudge) -> None:
+    """Rank correlation of learned and measured (target, behaviour, position); no model without time can have it."""
+    assert isinstance(learned, TinJudge)
+    measured = world.measured(0)
+    found = learned.correlation(torch.eye(world.KINDS), world.MEMORY).numpy()
+    assert rank_correlation(found, measured) > 0.8
+    whatever_the_order = np.broadcast_to(measured.mean(-1, keepdims=True), measured.shape)
+    assert rank_correlation(whatever_the_order, measured) < 0.5
+
+
+@pytest.mark.slow
+def test_tin_beats_din_where_recency_and_category_matter(tmp_path: Path) -> None:
+    comparison = world.compare(0, tmp_path)
+    gain, low, _ = comparison.difference()
+    assert low > 0.02
+    assert comparison.best_U is not None and comparison.ours_U.mean() > comparison.best_U.mean() - 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["use_time", "use_attention", "use_product"])
+def test_every_part_is_needed(part: str) -> None:
+    """With forty kinds: taking out time, attention or the product costs AUC."""
+    shown = world.proof(0, world.MANY_KINDS)
+    whole, less = (
+        world.aucs(shown, world.fitted("tin", seed=0, kinds=world.MANY_KINDS, settings=settings))
+        for settings in (world.SETTINGS, world.without(**{part: False}))
+    )
+    _, low, _ = Comparison(claim="", ours="", other="", figure="", ours_U=whole, other_U=less).difference()
+    assert low > 0.005
+
+
+@pytest.mark.slow
+def test_without_time_the_learned_correlation_is_not_the_measured_one() -> None:
+    still = world.fitted("tin", seed=0, settings=world.without(use_time=False))
+    assert isinstance(still, TinJudge)
+    found = still.correlation(torch.eye(world.KINDS), world.MEMORY).numpy()
+    assert rank_correlation(found, world.measured(0)) < 0.5
+
+
+def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """Mean over targets of Spearman's correlation over (behaviour, position)."""
+    return float(np.mean([spearmanr(a.ravel(), b.ravel()).statistic for a, b in zip(one, other, strict=True)]))
