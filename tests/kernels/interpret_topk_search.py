@@ -23,7 +23,7 @@ def test_same_behaviours_and_scores(dtype: torch.dtype, k: int, similarity: Simi
     bias[5] = float("-inf")
     found = []
     for backend in ("triton", "reference"):
-        with dispatch.use(backend):  # type: ignore[arg-type]
+        with dispatch.use(backend):
             found.append(
                 topk_search(q, keys, lists.offsets, k, row_user=lists.row_user, similarity=similarity, bias=bias)
             )

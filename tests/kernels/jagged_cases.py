@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from couturier.kernels.jagged import pair_offsets
-from couturier.kernels.target_attention import dot_attention, mlp_attention
+from couturier.kernels.target_attention import Pooling, dot_attention, mlp_attention
 
 # Around tile and piece boundaries, none and one.
 LENGTHS = (0, 1, 2, 63, 64, 65, 200)
@@ -65,8 +65,7 @@ class Lists:
         """Weights large enough that units differ: with equal units gradients cancel under a softmax."""
         sizes = [4 * self.width, *hidden, 1]
         return [
-            (self.normal(after, before), self.normal(after))
-            for before, after in zip(sizes, sizes[1:], strict=False)
+            (self.normal(after, before), self.normal(after)) for before, after in zip(sizes, sizes[1:], strict=False)
         ]
 
 
@@ -84,7 +83,12 @@ def with_gradients(call: Callable[..., tuple[Tensor, Tensor]], inputs: Sequence[
     return [*results, *torch.autograd.grad(results, inputs, given)]
 
 
-def mlp_results(lists: Lists, pooling: str, *hidden: int, activations: object = None) -> dict[str, Tensor]:
+def mlp_results(
+    lists: Lists,
+    pooling: Pooling,
+    *hidden: int,
+    activations: Sequence[Callable[[Tensor], Tensor]] | None = None,
+) -> dict[str, Tensor]:
     """Both results and every gradient of DIN's unit, by name. The last bias moves no softmax, so it has none there."""
     q, k, v = lists.tensors(5)
     layers = lists.layers(*hidden)
@@ -98,8 +102,8 @@ def mlp_results(lists: Lists, pooling: str, *hidden: int, activations: object = 
             layers,
             row_user=lists.row_user,
             values=v,
-            pooling=pooling,  # type: ignore[arg-type]
-            activations=activations,  # type: ignore[arg-type]
+            pooling=pooling,
+            activations=activations,
             return_weights=True,
         ),
         [q, k, v, *flat],

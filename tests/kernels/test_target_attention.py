@@ -81,8 +81,16 @@ def test_gradients_by_finite_differences() -> None:
         assert torch.autograd.gradcheck(mlp, (q, k, v, *flat))
 
     def dot(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, pair_bias: Tensor) -> tuple[Tensor, Tensor]:
-        biases = {"behaviour_bias": bias, "pair_bias": pair_bias}
-        return dot_attention(q, k, lists.offsets, row_user=lists.row_user, values=v, return_weights=True, **biases)
+        return dot_attention(
+            q,
+            k,
+            lists.offsets,
+            row_user=lists.row_user,
+            values=v,
+            behaviour_bias=bias,
+            pair_bias=pair_bias,
+            return_weights=True,
+        )
 
     assert torch.autograd.gradcheck(dot, (q, k, v, bias, pair_bias))
 
@@ -125,7 +133,7 @@ def test_mlp_equals_the_reference(
 
 
 def _mlp(
-    backend: dispatch.Wish, dtype: torch.dtype, row_user: Tensor | None, pooling: str, hidden: tuple[int, ...]
+    backend: dispatch.Wish, dtype: torch.dtype, row_user: Tensor | None, pooling: Pooling, hidden: tuple[int, ...]
 ) -> dict[str, Tensor]:
     with dispatch.use(backend):
         return mlp_results(Lists(lengths=LENGTHS, row_user=row_user, dtype=dtype), pooling, *hidden)
@@ -144,7 +152,7 @@ def test_dot_equals_the_reference(dtype: torch.dtype, rows: int | None) -> None:
     row_user = None if rows is None else shuffled_rows(len(LENGTHS), rows)
     found = {}
     for backend in ("torch", "reference"):
-        with dispatch.use(backend):  # type: ignore[arg-type]
+        with dispatch.use(backend):
             found[backend] = dot_results(Lists(lengths=LENGTHS, row_user=row_user, dtype=dtype))
     far = {name: error(found["torch"][name], wanted) for name, wanted in found["reference"].items()}
     assert max(far.values()) < LIMIT[dtype], far
@@ -160,7 +168,7 @@ def test_any_lists_and_rows(lengths: list[int], users: list[int], seed: int) -> 
     row_user = torch.tensor([one % len(lengths) for one in users], dtype=torch.int64)
     found = {}
     for backend in ("torch", "reference"):
-        with dispatch.use(backend):  # type: ignore[arg-type]
+        with dispatch.use(backend):
             lists = Lists(lengths=lengths, row_user=row_user, seed=seed)
             found[backend] = {**mlp_results(lists, "din_paper", 4, 3), **dot_results(lists)}
     for name, wanted in found["reference"].items():
@@ -179,7 +187,7 @@ def test_callables_see_real_pairs_only_and_all_of_them(pooling: Pooling) -> None
     prelu = nn.PReLU(5, 0.1, dtype=torch.float64)
     found = {}
     for backend in ("torch", "reference"):
-        with dispatch.use(backend):  # type: ignore[arg-type]
+        with dispatch.use(backend):
             lists = Lists(lengths=(0, 5, 2), row_user=torch.tensor([1, 0, 2, 1]))
             found[backend] = mlp_results(lists, pooling, 7, 5, activations=[dice, prelu])
     assert seen == [(12, 7), (12, 7)]
@@ -293,7 +301,7 @@ def refused(match: str, kind: type[KernelError] = KernelError, **changes: object
     q, k, _ = lists.tensors(1)
     call = {"queries": q, "keys": k, "offsets": lists.offsets, **changes}
     with pytest.raises(kind, match=match):
-        dot_attention(**call)  # type: ignore[arg-type]
+        dot_attention(**call)  # type: ignore[call-overload]
 
 
 def test_wrong_layouts_name_the_axis() -> None:

@@ -15,7 +15,7 @@ from couturier.kernels.topk_search import Similarity, as_lists, topk_search, tor
 
 from .jagged_cases import LENGTHS, Lists, error, shuffled_rows
 
-BACKENDS = ("reference", "torch")
+BACKENDS: tuple[dispatch.Backend, ...] = ("reference", "torch")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -50,7 +50,7 @@ def test_equals_the_reference(dtype: torch.dtype, rows: int | None, similarity: 
     bias[70:75] = float("-inf")
     found = []
     for backend in BACKENDS:
-        with dispatch.use(backend):  # type: ignore[arg-type]
+        with dispatch.use(backend):
             found.append(topk_search(q, keys, lists.offsets, k, row_user=row_user, similarity=similarity, bias=bias))
     assert torch.equal(found[0][0], found[1][0])
     torch.testing.assert_close(found[0][1], found[1][1])
