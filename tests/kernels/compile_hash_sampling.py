@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ def kernels(kernel: Callable[..., Any]) -> list[Any]:
     """One entry a kernel, dtype and width, at the paper's 16 groups of 3 bits."""
     out = []
 
-    def add(function: Any, word: str, dtype: str, constants: dict[str, object], products: bool = True) -> None:
+    def add(function: Any, word: str, dtype: str, constants: Mapping[str, object], products: bool = True) -> None:
         out.append(
             kernel(
                 name=f"hash_sampling/{function.__name__}/{dtype}/{word}",
