@@ -96,7 +96,7 @@ def compare(split: Split, options: argparse.Namespace, say: runner.Say) -> list[
     for form in forms_of(split, options):
         say(f"{split.name} {form}")
         models = runner.TOPK if form.startswith("topk") else runner.CLICK
-        control = (runner.FAVOURITES,) if form == "topk-basket" else ()
+        control = {"topk-basket": (runner.FAVOURITES,), "topk-new": ()}.get(form, (runner.POPULARITY,))
         wanted = control + tuple(
             model
             for model in models

@@ -1,6 +1,8 @@
-"""What needs no library: a person's own favourites, by how often they took them, the newest first among equals.
+"""What needs no library, and what every library must beat.
 
-Where people take things again this is the control to beat; it recommends nothing that a person has not had.
+``favourites``: what a person took most often, the newest first among equals. Where people take things again this is the
+control to beat; it recommends nothing that a person has not had. ``popularity``, for the click form: how often an item
+was taken in training, which popularity-matched negatives are to make worthless.
 """
 
 from __future__ import annotations
@@ -9,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from .adapter_io import K, arguments, fit_events, timed, truth, write_result, write_topk
+from .adapter_io import K, arguments, columns, fit_events, timed, truth, write_result, write_scores, write_topk
 
 
-def main() -> None:
+def favourites(args: Any, facts: dict[str, Any]) -> None:
     """Ten favourites of everybody."""
-    args, facts = arguments(), dict[str, Any]()
     task = args.form.removeprefix("topk-")
     events, wanted = fit_events(args.split, task, args.stage), truth(args.split, task, args.stage)
     with timed(facts, "fit_s"):
@@ -28,6 +29,24 @@ def main() -> None:
         ranks = np.arange(len(users)) - np.flatnonzero(begins)[begins.cumsum() - 1] + 1
         kept = (ranks <= K) & np.isin(users, list(wanted))
     write_topk(args.out, users[kept], items[kept], ranks[kept])
+
+
+def popularity(args: Any, facts: dict[str, Any]) -> None:
+    """Each candidate's share of what was taken in training."""
+    variant = args.form.removeprefix("ctr-")
+    with timed(facts, "fit_s"):
+        train = columns(args.split / f"ctr-{variant}-train.parquet")
+        taken = train["item"][train["label"] == 1]
+    with timed(facts, "predict_s"):
+        rows = columns(args.split / f"ctr-{variant}-{args.stage}.parquet")["item"]
+        scores = np.bincount(taken, minlength=int(rows.max()) + 1)[rows]
+    write_scores(args.out, -1.0 - 1.0 / (1.0 + scores))  # no probabilities, so no logloss
+
+
+def main() -> None:
+    """Rank or score without having learned anything."""
+    args, facts = arguments(), dict[str, Any]()
+    {"favourites": favourites, "popularity": popularity}[args.model](args, facts)
     write_result(args.out, facts, ("numpy",))
 
 

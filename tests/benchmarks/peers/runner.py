@@ -92,8 +92,9 @@ TOPK = (
 _CLICK: dict[str, Any] = {"epochs": 8}
 _QUICK_CLICK: dict[str, Any] = {"epochs": 1}
 _RATES = (_CLICK, {**_CLICK, "learning_rate": 3e-3}, {**_CLICK, "net_dropout": 0.3})
-# For baskets only: elsewhere what a person had is left out.
+# Favourites for baskets only: elsewhere what a person had is left out.
 FAVOURITES = Model(peer="reference", name="favourites", grid=({},), seeded=False)
+POPULARITY = Model(peer="reference", name="popularity", grid=({},), seeded=False)
 CLICK = tuple(
     Model(peer="fuxictr", name=name, grid=(*_RATES, {**_CLICK, **own}), quick=_QUICK_CLICK)
     for name, own in (
