@@ -32,6 +32,7 @@ from couturier.components.interest.together import mean_over
 from couturier.components.interest.types import HistoryBatch, TrainBatch
 
 _SPREAD = 0.1  # of an item's vector at the start: small, so that the student begins near uniform
+_PLACES = 0.4  # of a place's: half of an item's in the sum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,7 @@ class MqsaTedJudge(ContentJudge):
         super().__init__(config, features, content)
         self.config = config
         self.tower = nn.Linear(self.width, config.width)
-        self.places = nn.Parameter(torch.randn(config.length, config.width))
+        self.places = nn.Parameter(_PLACES * torch.randn(config.length, config.width))
         self.amount = nn.Parameter(torch.zeros(config.width))
         self.nothing = nn.Parameter(torch.randn(config.width))
         self.short, self.long = _Branch(config, 1), _Branch(config, config.long)
