@@ -46,19 +46,17 @@ def mlp(
     # W1 [q, k, q - k, q * k] = (Wq + Wd) q + (Wk - Wd) k + Wp (q * k): one product a row, one a behaviour, one a pair.
     from_query_RF = linear(queries_RH, wq + wd, first_bias)
     row_P, behaviour_P = pairs(offsets, row_user)
+    # With about one row a list the part of the key goes into the product a pair: one wider product is faster.
+    alone = row_P.numel() <= 1.5 * keys_NH.shape[0]
+    from_key_NF, first = (None, torch.cat([wp, wk - wd], 1)) if alone else (keys_NH @ (wk - wd).T, wp)
+    inputs = (queries_RH, keys_NH, from_query_RF, from_key_NF, first, row_P, behaviour_P)
     if activations is None:
-        # With about one row a list the part of the key goes into the product a pair: one wider product is faster.
-        alone = row_P.numel() <= 1.5 * keys_NH.shape[0]
-        from_key_NF, first = (None, torch.cat([wp, wk - wd], 1)) if alone else (keys_NH @ (wk - wd).T, wp)
-        flat = (one for two in rest for one in two)
-        score_P = _Scores.apply(queries_RH, keys_NH, from_query_RF, from_key_NF, first, row_P, behaviour_P, *flat)
+        x = _Network.apply(*inputs, *(one for two in rest for one in two))
     else:
-        product_PH = queries_RH.index_select(0, row_P) * keys_NH.index_select(0, behaviour_P)
-        x = product_PH @ wp.T + from_query_RF.index_select(0, row_P)
-        x = x + (keys_NH @ (wk - wd).T).index_select(0, behaviour_P)
+        x = _Network.apply(*inputs)
         for activation, (weight, bias) in zip(activations, rest, strict=True):
             x = linear(_wide(activation(x.to(dtype))), weight, bias)
-        score_P = x[:, 0]
+    score_P = x[:, 0]
     if softmax:
         score_P = score_P / queries_RH.shape[1] ** 0.5
     out = _Attend.apply(None, None, values_NE, None, score_P, offsets, row_user, 1.0, softmax, want_weights)
@@ -101,9 +99,10 @@ def _narrow(out: tuple[Tensor, Tensor | None], dtype: torch.dtype) -> tuple[Tens
     return out[0].to(dtype), None if out[1] is None else out[1].to(dtype)
 
 
-class _Scores(torch.autograd.Function):
-    """Scores ``[P]`` of a sigmoid network whose first layer is ``from_query + from_key + W [q * k]``, or, without
-    ``from_key``, ``from_query + W [q * k, k]``."""
+class _Network(torch.autograd.Function):
+    """The first layer of every pair before its activation, ``[P, F]``; with more layers, the scores ``[P, 1]`` of the
+    sigmoid network. The first layer is ``from_query + from_key + W [q * k]``, or, without ``from_key``,
+    ``from_query + W [q * k, k]``."""
 
     @staticmethod
     def forward(
@@ -117,23 +116,26 @@ class _Scores(torch.autograd.Function):
         behaviour_P: Tensor,
         *rest: Tensor | None,
     ) -> Tensor:
-        score_P = queries_RH.new_empty(row_P.numel())
+        out = queries_RH.new_empty(row_P.numel(), 1 if rest else first.shape[0])
         a_pair = sum(first.shape) + sum(one.shape[0] for one in rest[:-2:2] if one is not None)
-        keep = score_P.numel() * a_pair * score_P.element_size() <= _KEEP_BYTES and any(ctx.needs_input_grad)
+        keep = row_P.numel() * a_pair * out.element_size() <= _KEEP_BYTES and any(ctx.needs_input_grad)
         ctx.kept = [] if keep else None
         for piece in _pieces(row_P.numel()):
             row, behaviour = row_P[piece], behaviour_P[piece]
             x, _ = _inputs(queries_RH, keys_NH, row, behaviour, from_key_NF is None)
             hiddens = _hiddens(x, row, behaviour, from_query_RF, from_key_NF, first, rest)
-            _linear(hiddens[-1], rest[-2], rest[-1], out=score_P[piece][:, None])
+            if rest:
+                _linear(hiddens[-1], rest[-2], rest[-1], out=out[piece])
+            else:
+                out[piece] = hiddens.pop()
             if ctx.kept is not None:
                 ctx.kept.append((x, hiddens))
         ctx.save_for_backward(queries_RH, keys_NH, from_query_RF, from_key_NF, first, row_P, behaviour_P, *rest)
-        return score_P
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         queries_RH, keys_NH, from_query_RF, from_key_NF, first, row_P, behaviour_P, *rest = ctx.saved_tensors
         d_q, d_k, d_fq, d_first = (torch.zeros_like(one) for one in (queries_RH, keys_NH, from_query_RF, first))
         d_fk = None if from_key_NF is None else torch.zeros_like(from_key_NF)
@@ -143,11 +145,11 @@ class _Scores(torch.autograd.Function):
             row, behaviour = row_P[piece], behaviour_P[piece]
             if ctx.kept is None:
                 x, k = _inputs(queries_RH, keys_NH, row, behaviour, from_key_NF is None)
-                hiddens = _hiddens(x, row, behaviour, from_query_RF, from_key_NF, first, rest)
+                hiddens = _hiddens(x, row, behaviour, from_query_RF, from_key_NF, first, rest) if rest else []
             else:
                 x, hiddens = ctx.kept[number]
                 k = x[:, width:] if from_key_NF is None else keys_NH.index_select(0, behaviour)
-            d_out = grad_P[piece][:, None]
+            d_out = grad[piece]
             for place in range(len(rest) - 2, -2, -2):
                 hidden = hiddens[place // 2]
                 d_weight, d_bias = d_rest[place], d_rest[place + 1]
@@ -196,11 +198,12 @@ def _hiddens(
     first: Tensor,
     rest: Sequence[Tensor | None],
 ) -> list[Tensor]:
-    """The activations of every hidden layer of one piece."""
+    """The activations of every hidden layer of one piece; with no more layers, the first one before its sigmoid."""
     out = [from_query_RF.index_select(0, row).addmm_(x, first.T)]
     if from_key_NF is not None:
         out[0] += from_key_NF.index_select(0, behaviour)
-    out[0].sigmoid_()
+    if rest:
+        out[0].sigmoid_()
     for place in range(0, len(rest) - 2, 2):
         out.append(_linear(out[-1], rest[place], rest[place + 1]).sigmoid_())
     return out
