@@ -28,6 +28,7 @@ from couturier.components.interest.judges.mqsa_ted import MqsaTedConfig, MqsaTed
 from couturier.components.interest.judges.multimodal import MultimodalConfig, MultimodalJudge
 from couturier.components.interest.judges.muse import MuseConfig, MuseJudge
 from couturier.components.interest.judges.sasrec import SasrecConfig, SasrecJudge
+from couturier.components.interest.judges.sdim import SdimConfig, SdimJudge
 from couturier.components.interest.judges.tin import TinConfig, TinJudge
 from couturier.components.interest.types import HistoryBatch
 
@@ -48,6 +49,7 @@ class JudgeSettings:
     aw_moe: AwMoeConfig = field(default_factory=AwMoeConfig)
     hypercuboid: HypercuboidConfig = field(default_factory=HypercuboidConfig)
     din: DinConfig = field(default_factory=DinConfig)
+    sdim: SdimConfig = field(default_factory=SdimConfig)
 
     def settings_of(self, name: str) -> JudgeConfig:
         """The settings of a judge.
@@ -75,6 +77,7 @@ JUDGES: dict[str, type[ContentJudge]] = {
         AwMoeJudge,
         HypercuboidJudge,
         DinJudge,
+        SdimJudge,
     )
 }
 WEIGHTS, SETTINGS = "judge.safetensors", "judge.json"

@@ -137,7 +137,8 @@ def stage_of(world: planted.World, tmp_path_factory: pytest.TempPathFactory) -> 
 
     @cache
     def finish(name: str) -> StageContext:
-        context = planted.context(world, tmp_path_factory.mktemp(name), replace(planted.QUICK, model=name))
+        config = replace(planted.QUICK, model=name, **planted.PACE.get(name, {}))
+        context = planted.context(world, tmp_path_factory.mktemp(name), config)
         fit.run(context)
         return context
 

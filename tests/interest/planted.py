@@ -18,7 +18,9 @@ from couturier.components.interest.encoder import EncoderConfig
 from couturier.components.interest.fit import Config
 from couturier.components.interest.items import FeatureConfig
 from couturier.components.interest.judges.attention import AttentionConfig
+from couturier.components.interest.judges.din import DinConfig
 from couturier.components.interest.judges.mqsa_ted import MqsaTedConfig
+from couturier.components.interest.judges.sdim import SdimConfig
 from couturier.components.lineage.stages import Progress, Silent, StageContext
 from couturier.components.lineage.workspace import Workspace
 
@@ -29,6 +31,8 @@ QUICK = Config(
     encoder=EncoderConfig(side=SIDE, width=16, channels=8, steps=80, batch=48),
     attention=AttentionConfig(heads=2, head_width=8, hidden=16),
     mqsa_ted=MqsaTedConfig(heads=4, alpha=0.2, long=4, dropout=0.0),
+    din=DinConfig(ages=True),
+    sdim=SdimConfig(short=4),
     features=FeatureConfig(words=8),
     steps=160,
     batch=48,
@@ -39,6 +43,9 @@ QUICK = Config(
     checkpoint_every=30,
     calibration_users=64,
 )
+
+# Judges that learn this world more slowly than the others, and what they need.
+PACE: dict[str, dict[str, float]] = {"din": {"learning_rate": 1e-2}, "sasrec": {"steps": 400}}
 
 
 @dataclass(frozen=True, kw_only=True)

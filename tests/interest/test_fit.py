@@ -66,7 +66,7 @@ def test_goes_on_after_a_kill_to_the_same_bits(
     finished: StageContext, world: World, tmp_path: Path, after: int
 ) -> None:
     """While the eyes are trained, as they open, and while the judge is fitted."""
-    config = replace(QUICK, model=finished.config.model)
+    config = finished.config
     if after < 130 and config.model != "attention":
         pytest.skip("the eyes are the same for every judge")
     with pytest.raises(Killed):
