@@ -121,10 +121,11 @@ def time_case(case: Case, device: str, ceiling: dict[str, float], *, rounds: int
         try:
             for call in variants:
                 call()
-        except RuntimeError as why:  # out of memory, or a peer that cannot do this: its absence is part of the table
+        # Out of memory, or a peer that cannot do this: its absence is part of the table.
+        except (RuntimeError, TypeError, ValueError, AssertionError) as why:
             if name == "ours":
                 raise
-            failed[name] = str(why).splitlines()[0][:120]
+            failed[name] = f"{type(why).__name__}: {why}".splitlines()[0][:120]
             del every[name]
     for variant, word in enumerate(("forward", "both")):
         some = {f"{name} {word}": variants[variant] for name, variants in every.items() if len(variants) > variant}
