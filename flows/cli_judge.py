@@ -56,7 +56,8 @@ def _told(candidate: dict[str, Any]) -> None:
         line = f"  {reason['contribution']:+.3f}  {reason['title']}, {reason['age_days']:.0f} days ago"
         out().print(line, markup=False)
     for modality, said in candidate.get("modalities", {}).items():
-        out().print(f"  {said['adds']:+.3f}  its {modality} (weight {said['weight']:.2f})", markup=False)
+        line = f"  {said['adds']:+.3f}  {modality}, in it (weight {said['weight']:.2f}) and in the history"
+        out().print(line, markup=False)
 
 
 def _moved(interest: dict[str, Any]) -> None:

@@ -202,6 +202,18 @@ def test_an_unknown_user_is_told(smoke_run: SmokeRun) -> None:
     assert "Traceback" not in answer.err
 
 
+def test_explain_names_what_speaks_for_the_next_picture(smoke_run: SmokeRun) -> None:
+    user = known_user(smoke_run)
+    found = smoke_run.project.run("explain", user, "--model", "1", "--top", "2", "--json").json
+    assert found["user"] == user and found["judge"] == "attention" and found["history"] >= 2
+    (candidate,) = found["candidates"]
+    assert len(candidate["because"]) == 2 and candidate["nearest"]["title"]
+    told = smoke_run.project.run(
+        "explain", user, "--model", "1", "--items", found["candidates"][0]["nearest"]["item_id"]
+    )
+    assert candidate["nearest"]["title"] in told.out and " SD" in told.out
+
+
 def test_two_retrainings_do_not_collide_and_ctrl_c_is_clean(smoke_run: SmokeRun, tmp_path: Path) -> None:
     project = smoke_run.project
     words = (*smoke_run.words, "--set", "sft.seed=9")

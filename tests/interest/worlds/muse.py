@@ -7,6 +7,7 @@ at all; MUSE (arXiv 2512.07216) searches and compares by content as well. The be
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +56,14 @@ def plant(seed: int) -> World:
 
 
 def fitted(
-    world: World, log: Log, model: str, *, ids_only: bool, seed: int, muse: MuseConfig | None = None
+    world: World,
+    log: Log,
+    model: str,
+    *,
+    ids_only: bool,
+    seed: int,
+    rates: Sequence[float] = RATES,
+    muse: MuseConfig | None = None,
 ) -> ContentJudge:
     """A judge at the best of the learning rates on validation; ``ids_only`` shows it no content."""
     vectors_IP = torch.zeros(len(world.vectors_IP), 1) if ids_only else world.vectors_IP
@@ -79,7 +87,7 @@ def fitted(
                 din=DinConfig(width=16),
             ),
         )
-        for rate in RATES
+        for rate in rates
     ]
     return max(fits, key=lambda fit: fit.valid).judge
 
