@@ -165,8 +165,8 @@ class MuseJudge(ContentJudge):
         item_UCE, looks_UCP = self.item(candidates_UCD), self.looks(candidates_UCD)
         found_UCX, counts_UCB = self._found(state.whole, item_UCE, looks_UCP)
         # What was found in a short history is all of it, and so are the newest: their tiers are counted once.
-        counts_UCB = counts_UCB if state.newest is state.whole else None
-        newest_UCX = self._newest(state.newest, item_UCE, looks_UCP, counts_UCB)
+        same = state.newest is state.whole
+        newest_UCX = self._newest(state.newest, item_UCE, looks_UCP, counts_UCB if same else None)
         empty_UC1 = state.empty_U[:, None, None].expand(*item_UCE.shape[:2], 1)
         logits_UC = self.head(torch.cat([found_UCX, newest_UCX, item_UCE, empty_UC1], dim=-1))[..., 0]
         if self.found_head is None:

@@ -141,9 +141,10 @@ def test_the_auxiliary_loss_teaches_the_search_alone() -> None:
     )
     loss, parts = judge.loss(batch, torch.Generator())
     loss.backward()
-    assert "auxiliary" in parts and judge.found_head is not None
+    assert "auxiliary" in parts
     assert all(value.grad is not None for value in judge.parameters())
-    assert float(judge.found_head[0].weight.grad.abs().max()) > 0  # type: ignore[union-attr]
+    found = judge.get_parameter("found_head.0.weight").grad
+    assert found is not None and float(found.abs().max()) > 0
 
 
 def test_all_candidates_at_once_score_as_one_by_one() -> None:
