@@ -133,7 +133,14 @@ def append(
     return table + more
 
 
-def lookup(table: Tensor, candidates: Tensor, planes: Tensor, *, row_user: Tensor | None = None) -> Tensor:
+def lookup(
+    table: Tensor,
+    candidates: Tensor,
+    planes: Tensor,
+    *,
+    row_user: Tensor | None = None,
+    normalise: bool = True,
+) -> Tensor:
     """What each candidate finds in its user's table: the mean over groups of the L2-normalised sum in its bucket.
 
     ``out_r = (1 / G) sum_g y / |y|`` with ``y = table[row_user_r, g, sig_g(candidate_r)]``; an empty bucket, or a sum
@@ -143,6 +150,8 @@ def lookup(table: Tensor, candidates: Tensor, planes: Tensor, *, row_user: Tenso
         table: from :func:`bucket_table`.
         candidates: ``[R, d]``, or ``[U, C, d]`` with as many for everyone; hashed with the same planes.
         row_user: int64 ``[R]``, whose table each of ``[R, d]`` reads; None: row r reads that of user r.
+        normalise: as in the paper. False: the mean of the sums as they are, an unbiased estimate of
+            ``sum_j (1 - theta_j / pi) ** b value_j``, which grows with the history.
 
     Returns:
         ``[R, e]`` (``[U, C, e]``) in the table's dtype. Gradients flow to the table, not to the candidates.
@@ -168,7 +177,7 @@ def lookup(table: Tensor, candidates: Tensor, planes: Tensor, *, row_user: Tenso
     uncovered = _uncovered(planes, candidates_Rd, table)
     run = dispatch.implementation("hash_sampling", candidates_Rd, uncovered=uncovered)
     with _full_width(candidates_Rd):
-        out_Re: Tensor = run.lookup(table, candidates_Rd, planes, row_user)
+        out_Re: Tensor = run.lookup(table, candidates_Rd, planes, row_user, normalise)
     return out_Re.view(*candidates.shape[:-1], table.shape[3])
 
 
@@ -180,6 +189,7 @@ def hash_sampling(
     *,
     values: Tensor | None = None,
     row_user: Tensor | None = None,
+    normalise: bool = True,
 ) -> Tensor:
     """:func:`lookup` of :func:`bucket_table` without a table: the interest of a user in each candidate, for training.
 
@@ -206,7 +216,7 @@ def hash_sampling(
     uncovered = _uncovered(planes, behaviours, values)
     run = dispatch.implementation("hash_sampling", behaviours, uncovered=uncovered)
     with _full_width(behaviours):
-        out_Re: Tensor = run.hash_sampling(candidates_Rd, behaviours, values, offsets, planes, row_user)
+        out_Re: Tensor = run.hash_sampling(candidates_Rd, behaviours, values, offsets, planes, row_user, normalise)
     return out_Re.view(*candidates.shape[:-1], values.shape[1])
 
 

@@ -33,8 +33,8 @@ def bucket_table(behaviours_Nd: Tensor, values_Ne: Tensor, offsets: Tensor, plan
     return torch.stack(users) if users else zero.new_zeros(0, groups, 2**bits, zero.shape[0])
 
 
-def lookup(table: Tensor, candidates_Rd: Tensor, planes_dGb: Tensor, row_user: Tensor) -> Tensor:
-    """The mean over groups of the normalised sum in the candidate's bucket; zeros where the sum is zero."""
+def lookup(table: Tensor, candidates_Rd: Tensor, planes_dGb: Tensor, row_user: Tensor, normalise: bool) -> Tensor:
+    """The mean over groups of the (normalised) sum in the candidate's bucket; zeros where the sum is zero."""
     signature = signatures(candidates_Rd, planes_dGb).tolist()
     groups = planes_dGb.shape[1]
     outs = []
@@ -42,7 +42,7 @@ def lookup(table: Tensor, candidates_Rd: Tensor, planes_dGb: Tensor, row_user: T
         total = table.new_zeros(table.shape[3])
         for g in range(groups):
             sum_e = table[user, g, row[g]]
-            total = total + _normalised(sum_e)
+            total = total + (_normalised(sum_e) if normalise else sum_e)
         outs.append(total / groups)
     return torch.stack(outs) if outs else table.new_zeros(0, table.shape[3])
 
@@ -54,6 +54,7 @@ def hash_sampling(
     offsets: Tensor,
     planes_dGb: Tensor,
     row_user: Tensor,
+    normalise: bool,
 ) -> Tensor:
     """The direct form: for each candidate and group, sum the behaviours that collide with it. No table anywhere."""
     of_candidate, of_behaviour = (signatures(x, planes_dGb).tolist() for x in (candidates_Rd, behaviours_Nd))
@@ -67,7 +68,7 @@ def hash_sampling(
             sum_e = torch.zeros_like(total)
             for j in mine:
                 sum_e = sum_e + values_Ne[j].to(dtype)
-            total = total + _normalised(sum_e)
+            total = total + (_normalised(sum_e) if normalise else sum_e)
         outs.append(total / groups)
     return torch.stack(outs) if outs else values_Ne.new_zeros(0, values_Ne.shape[1], dtype=dtype)
 

@@ -58,21 +58,22 @@ def bucket_table(behaviours_Nd: Tensor, values_Ne: Tensor, offsets: Tensor, plan
     return sums.view(users, groups, 1 << bits, e)
 
 
-def lookup(table: Tensor, candidates_Rd: Tensor, planes_dGb: Tensor, row_user: Tensor) -> Tensor:
+def lookup(table: Tensor, candidates_Rd: Tensor, planes_dGb: Tensor, row_user: Tensor, normalise: bool) -> Tensor:
     """As :func:`couturier.kernels.hash_sampling.lookup`: gather, normalise, mean."""
     groups = planes_dGb.shape[1]
     bucket_RG = _bucket(row_user, candidates_Rd, planes_dGb)
     rows, (buckets, e) = candidates_Rd.shape[0], table.flatten(0, 2).shape
     if rows * groups < buckets:
         found_RGe = table.flatten(0, 2).index_select(0, bucket_RG.view(-1)).view(rows, groups, e)
-        return _normalised(found_RGe).mean(1)
+        return (_normalised(found_RGe) if normalise else found_RGe).mean(1)
     # Fewer buckets than look-ups: normalise each bucket once.
     lists = _Lists(
         row_M=bucket_RG.view(-1),
         start=_every(groups, bucket_RG),
         turned=lambda: (bucket_RG.view(-1).argsort(stable=True) // groups, _starts(bucket_RG.view(-1), buckets)),
     )
-    found: Tensor = _ListSums.apply(_normalised(table.flatten(0, 2)), lists)
+    buckets_Me = table.flatten(0, 2)
+    found: Tensor = _ListSums.apply(_normalised(buckets_Me) if normalise else buckets_Me, lists)
     return found / groups
 
 
@@ -83,6 +84,7 @@ def hash_sampling(
     offsets: Tensor,
     planes_dGb: Tensor,
     row_user: Tensor,
+    normalise: bool,
 ) -> Tensor:
     """As :func:`couturier.kernels.hash_sampling.hash_sampling`: pairs directly if few, through the table otherwise."""
     groups = planes_dGb.shape[1]
@@ -91,7 +93,7 @@ def hash_sampling(
     # Comparing a pair costs about what sorting a behaviour into a table does (README.md).
     if int(starts[-1]) > behaviours:
         table = bucket_table(behaviours_Nd, values_Ne, offsets, planes_dGb)
-        return lookup(table, candidates_Rd, planes_dGb, row_user)
+        return lookup(table, candidates_Rd, planes_dGb, row_user, normalise)
     row_P, behaviour_P = pairs(offsets, row_user)
     of_candidate, of_behaviour = _signatures(candidates_Rd, planes_dGb), _signatures(behaviours_Nd, planes_dGb)
     meets_GP = (of_candidate[row_P] == of_behaviour[behaviour_P]).t()
@@ -103,7 +105,8 @@ def hash_sampling(
         turned=lambda: (list_M[row_M.argsort(stable=True)], _starts(row_M, behaviours)),
     )
     sums: Tensor = _ListSums.apply(_wide(values_Ne), lists)
-    return _normalised(sums.view(groups, rows, e)).mean(0)
+    sums_GRe = sums.view(groups, rows, e)
+    return (_normalised(sums_GRe) if normalise else sums_GRe).mean(0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -146,9 +146,11 @@ def lookup_kernel(
     E: tl.constexpr,
     BE: tl.constexpr,
     S: tl.constexpr,
+    NORMALISE: tl.constexpr,
     L: tl.constexpr,
 ):
     # out_r = (1 / G) sum_g y / |y|, y = table[row_user_r, g, code_(r, g)]; zeros where y is zero.
+    # Without NORMALISE: (1 / G) sum_g y.
     o_l = tl.program_id(0).to(tl.int64) * L + tl.arange(0, L)
     o_e = tl.arange(0, BE)
     m_l = o_l < R
@@ -159,8 +161,10 @@ def lookup_kernel(
         code = tl.load(codes + o_l * G + g, mask=m_l, other=0)
         bucket = (user * G + g) * S + code
         b_y = tl.load(table + bucket[:, None] * E + o_e[None, :], mask=m_le, other=0.0)
-        square = tl.sum(b_y * b_y, axis=1)
-        b_out += b_y * tl.where(square > 0, 1.0 / tl.sqrt(tl.where(square > 0, square, 1.0)), 0.0)[:, None]
+        if NORMALISE:
+            square = tl.sum(b_y * b_y, axis=1)
+            b_y *= tl.where(square > 0, 1.0 / tl.sqrt(tl.where(square > 0, square, 1.0)), 0.0)[:, None]
+        b_out += b_y
     tl.store(out + o_l[:, None] * E + o_e[None, :], b_out / G, mask=m_le)
 
 
@@ -183,9 +187,9 @@ def bucket_table(behaviours_Nd: Tensor, values_Ne: Tensor, offsets: Tensor, plan
     return table
 
 
-def lookup(table: Tensor, candidates_Rd: Tensor, planes_dGb: Tensor, row_user: Tensor) -> Tensor:
+def lookup(table: Tensor, candidates_Rd: Tensor, planes_dGb: Tensor, row_user: Tensor, normalise: bool) -> Tensor:
     """As :func:`couturier.kernels.hash_sampling.lookup`, without writing what is gathered."""
-    out: Tensor = _Lookup.apply(table, _signatures(candidates_Rd, planes_dGb), row_user)
+    out: Tensor = _Lookup.apply(table, _signatures(candidates_Rd, planes_dGb), row_user, normalise)
     return out
 
 
@@ -196,9 +200,11 @@ def hash_sampling(
     offsets: Tensor,
     planes_dGb: Tensor,
     row_user: Tensor,
+    normalise: bool,
 ) -> Tensor:
     """As :func:`couturier.kernels.hash_sampling.hash_sampling`, by the table: one read of the list."""
-    return lookup(bucket_table(behaviours_Nd, values_Ne, offsets, planes_dGb), candidates_Rd, planes_dGb, row_user)
+    table = bucket_table(behaviours_Nd, values_Ne, offsets, planes_dGb)
+    return lookup(table, candidates_Rd, planes_dGb, row_user, normalise)
 
 
 def tile_e(dtype: torch.dtype, e: int) -> int:
@@ -297,7 +303,7 @@ class _Table(torch.autograd.Function):
 
 class _Lookup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, table: Tensor, codes: Tensor, row_user: Tensor) -> Tensor:
+    def forward(ctx: Any, table: Tensor, codes: Tensor, row_user: Tensor, normalise: bool) -> Tensor:
         table = table.contiguous()
         (rows, groups), e = codes.shape, table.shape[3]
         out = torch.empty(rows, e, dtype=table.dtype, device=table.device)
@@ -312,8 +318,10 @@ class _Lookup(torch.autograd.Function):
                 E=e,
                 BE=max(16, triton.next_power_of_2(e)),
                 S=table.shape[2],
+                NORMALISE=normalise,
             )
         ctx.save_for_backward(table, codes, row_user)
+        ctx.normalise = normalise
         return out
 
     @staticmethod
@@ -324,12 +332,13 @@ class _Lookup(torch.autograd.Function):
         users, groups, size, e = table.shape
         group = torch.arange(groups, device=table.device)
         bucket_M = ((row_user[:, None] * groups + group) * size + codes).view(-1)
-        y_RGe = table.view(-1, e)[bucket_M].view(-1, groups, e)
-        length = y_RGe.square().sum(-1, keepdim=True).sqrt()
-        some = length > 0
-        inverse = some / torch.where(some, length, 1.0)
-        n_RGe = y_RGe * inverse
-        g_RGe = (g / groups)[:, None].expand_as(y_RGe)
-        d_RGe = (g_RGe - n_RGe * (n_RGe * g_RGe).sum(-1, keepdim=True)) * inverse
+        d_RGe = (g / groups)[:, None].expand(-1, groups, -1)
+        if ctx.normalise:
+            y_RGe = table.view(-1, e)[bucket_M].view(-1, groups, e)
+            length = y_RGe.square().sum(-1, keepdim=True).sqrt()
+            some = length > 0
+            inverse = some / torch.where(some, length, 1.0)
+            n_RGe = y_RGe * inverse
+            d_RGe = (d_RGe - n_RGe * (n_RGe * d_RGe).sum(-1, keepdim=True)) * inverse
         d_table = torch.zeros_like(table).view(-1, e).index_add_(0, bucket_M, d_RGe.reshape(-1, e))
-        return d_table.view(table.shape), None, None
+        return d_table.view(table.shape), None, None, None

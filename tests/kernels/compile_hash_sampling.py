@@ -42,5 +42,5 @@ def kernels(kernel: Callable[..., Any]) -> list[Any]:
             add(signature_kernel, str(width), dtype, hashed)
     for width in (32, 64, 128):
         # Gathers rows and adds them up: no product anywhere.
-        add(lookup_kernel, str(width), "fp32", {"E": width, "BE": width, "S": 1 << BITS}, products=False)
+        add(lookup_kernel, str(width), "fp32", {"E": width, "BE": width, "S": 1 << BITS, "NORMALISE": True}, False)
     return out

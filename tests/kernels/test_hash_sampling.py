@@ -43,10 +43,11 @@ def test_vectors_collide_as_often_as_their_angle_says(bits: int, degrees: int) -
     st.lists(st.integers(0, 4), max_size=12),
     st.integers(1, 4),
     st.integers(1, 4),
+    st.booleans(),
     st.integers(0, 10_000),
 )
 def test_table_direct_and_definition_are_equal(
-    lengths: list[int], rows: list[int], groups: int, bits: int, seed: int
+    lengths: list[int], rows: list[int], groups: int, bits: int, normalise: bool, seed: int
 ) -> None:
     x, candidates = whole_numbers(sum(lengths), 5, seed=seed), whole_numbers(len(rows), 5, seed=seed + 1)
     values = whole_numbers(sum(lengths), 3, seed=seed + 2)
@@ -54,18 +55,19 @@ def test_table_direct_and_definition_are_equal(
     row_user = torch.tensor([row % len(lengths) for row in rows], dtype=torch.int64)
     with dispatch.use("reference"):
         wanted_table = bucket_table(x, offsets, planes, values=values)
-        wanted = hash_sampling(candidates, x, offsets, planes, values=values, row_user=row_user)
+        wanted = hash_sampling(candidates, x, offsets, planes, values=values, row_user=row_user, normalise=normalise)
     table = bucket_table(x, offsets, planes, values=values)
     assert torch.equal(table, wanted_table)
-    served = lookup(table, candidates, planes, row_user=row_user)
-    direct = hash_sampling(candidates, x, offsets, planes, values=values, row_user=row_user)
+    served = lookup(table, candidates, planes, row_user=row_user, normalise=normalise)
+    direct = hash_sampling(candidates, x, offsets, planes, values=values, row_user=row_user, normalise=normalise)
     for got in (served, direct):
         assert torch.allclose(got, wanted, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("each", [1, 4])
+@pytest.mark.parametrize("normalise", [True, False])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_values_and_gradients_on_long_lists(each: int, dtype: torch.dtype, limit: float) -> None:
+def test_values_and_gradients_on_long_lists(each: int, dtype: torch.dtype, limit: float, normalise: bool) -> None:
     g = torch.Generator().manual_seed(3)
     lengths = [0, 1, 2, 63, 64, 65, 200]
     offsets = torch.tensor([0, *lengths]).cumsum(0)
@@ -76,16 +78,18 @@ def test_values_and_gradients_on_long_lists(each: int, dtype: torch.dtype, limit
     candidates = torch.randn(len(row_user), 16, generator=g).to(dtype)
     weights = torch.randn(len(row_user), 16, generator=g)
     with dispatch.use("reference"):
-        wanted = hash_sampling(candidates.double(), exact, offsets, planes.double(), row_user=row_user)
+        wanted = hash_sampling(
+            candidates.double(), exact, offsets, planes.double(), row_user=row_user, normalise=normalise
+        )
         (d_wanted,) = torch.autograd.grad((wanted * weights).sum(), exact)
     if dtype == torch.float64:
         planes = planes.double()
     for got in (
-        hash_sampling(candidates, x, offsets, planes, row_user=row_user),
-        lookup(bucket_table(x, offsets, planes), candidates, planes, row_user=row_user),
+        hash_sampling(candidates, x, offsets, planes, row_user=row_user, normalise=normalise),
+        lookup(bucket_table(x, offsets, planes), candidates, planes, row_user=row_user, normalise=normalise),
         torch.cat(
             [
-                lookup(bucket_table(x, offsets, planes), one, planes, row_user=user)
+                lookup(bucket_table(x, offsets, planes), one, planes, row_user=user, normalise=normalise)
                 for one, user in zip(candidates.split(len(lengths)), row_user.split(len(lengths)), strict=True)
             ]
         ),
@@ -142,8 +146,7 @@ def test_the_error_falls_with_the_root_of_the_rounds() -> None:
         squares = []
         for seed in range(24):
             planes = random_planes(16, groups=groups, bits=3, seed=seed)
-            table = bucket_table(x, torch.tensor([0, 300]), planes)
-            found = table[0, torch.arange(groups), signatures(candidate, planes)[0]].mean(0)
+            found = hash_sampling(candidate, x, torch.tensor([0, 300]), planes, normalise=False)[0]
             squares.append(float((found - wanted).square().sum()))
         return math.sqrt(sum(squares) / len(squares))
 
