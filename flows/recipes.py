@@ -68,7 +68,16 @@ def smoke() -> Recipe:
             base.sft, generator=tiny, grounding_steps=8, steps=24, checkpoint_every=8, valid_every=16, valid_windows=32
         ),
         rl=dataclasses.replace(
-            base.rl, steps=6, prompts=4, group=4, checkpoint_every=2, watch_every=3, watch_windows=16, watch_pictures=2
+            base.rl,
+            prospect=dataclasses.replace(base.rl.prospect, windows=160),
+            distil=dataclasses.replace(base.rl.distil, steps=6, prompts=4, targets=3),
+            steps=6,
+            prompts=4,
+            group=4,
+            checkpoint_every=2,
+            watch_every=3,
+            watch_windows=16,
+            watch_pictures=2,
         ),
         evaluate=dataclasses.replace(
             base.evaluate, pictures=4, windows_per_user=1, best_of=2, draws=200, shown_users=4

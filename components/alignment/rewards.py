@@ -28,24 +28,21 @@ _CHUNK = 16
 class Weights:
     """How much each term counts. Zero leaves a term out of the sum; it is logged all the same."""
 
-    coverage: float = 2.0
+    slate: float = 1.0
+    """What a picture adds to the group's agreement with :func:`~couturier.components.alignment.distil.wanted`."""
+    coverage: float = 0.2
     """Leave-one-out coverage of the next basket by the group: what a picture adds that no other of its group has."""
-    prospect: float = 6.0
-    """How likely the item is in the next basket by the judge and its popularity: coverage expected, not observed, so it
-    has a value for every picture where the one basket that was seen is nearly always silent."""
-    contrast: float = 1.0
-    """Share of an item's base rate taken off its prospect: what anybody would take earns little for this person."""
-    judge: float = 0.2
+    judge: float = 0.0
     """The judge's standardised logit, in SD."""
-    future: float = 0.25
+    future: float = 0.0
     """Whether the picture is an item of the baskets after the next."""
-    copying: float = 2.0
+    copying: float = 7.0
     """Penalty on pictures out of the history, for the share of the group beyond ``copy_allowed``."""
     validity: float = 1.0
     """Penalty for pixels far from every real tile: mush that an encoder's cosine does not see."""
-    dissimilarity: float = 0.9
+    dissimilarity: float = 1.2
     """Mean feature distance to the other pictures of the group."""
-    copy_allowed: float = 0.3
+    copy_allowed: float = 0.36
     """Share of a group that may come from the history at no cost."""
     valid_db: float = 26.0
     """PSNR to the nearest real tile from which on a picture is flawless."""
@@ -60,8 +57,7 @@ class Rollout:
     """A batch of groups and what is known about each picture.
 
     nearest_Un: catalogue index of the nearest tile;  psnr_Un: decibels to it;  features_UnD: the judge's features.
-    liking_Un: the judge's standardised logit;  prospect_UI: probability that an item is in the next basket.
-    base_I: the same for a person of whom nothing is known.
+    liking_Un: the judge's standardised logit;  wanted_UI: the distribution that a person's pictures should have.
     basket_UI, future_UI, history_UI: bool membership of items.
     """
 
@@ -69,8 +65,7 @@ class Rollout:
     psnr_Un: Tensor
     features_UnD: Tensor
     liking_Un: Tensor
-    prospect_UI: Tensor
-    base_I: Tensor
+    wanted_UI: Tensor
     basket_UI: Tensor
     future_UI: Tensor
     history_UI: Tensor
@@ -84,11 +79,15 @@ def coverage(rollout: Rollout, weights: Weights) -> Tensor:
     return (_is_in(rollout.basket_UI, rollout.nearest_Un) & (_same(rollout).sum(-1) == 1)).float()
 
 
-def prospect(rollout: Rollout, weights: Weights) -> Tensor:
-    """The probability of the picture's item beyond a share of its base rate, shared among the pictures of its group
-    that show the same item."""
-    personal_UI = rollout.prospect_UI - weights.contrast * rollout.base_I
-    return personal_UI.gather(1, rollout.nearest_Un) / _same(rollout).sum(-1)
+def slate(rollout: Rollout, weights: Weights) -> Tensor:
+    """What a picture adds to the agreement of its group with what is wanted of it.
+
+    Agreement is sum_i min(pictures of item i, n * wanted_i); without one of c pictures of an item it is lower by
+    n * wanted_i - (c - 1), at least 0 and at most 1. An item shown more often than it is wanted earns nothing more.
+    """
+    n = rollout.nearest_Un.shape[1]
+    others_Un = _same(rollout).sum(-1) - 1
+    return (n * rollout.wanted_UI.gather(1, rollout.nearest_Un) - others_Un).clamp(0, 1)
 
 
 def judge(rollout: Rollout, weights: Weights) -> Tensor:
@@ -124,8 +123,8 @@ def dissimilarity(rollout: Rollout, weights: Weights) -> Tensor:
 
 
 TERMS: dict[str, Callable[[Rollout, Weights], Tensor]] = {
+    "slate": slate,
     "coverage": coverage,
-    "prospect": prospect,
     "judge": judge,
     "future": future,
     "copying": copying,
@@ -138,25 +137,16 @@ def score(rollout: Rollout, weights: Weights) -> tuple[Tensor, dict[str, Tensor]
     """``(total [U, n], {term: [U, n]})``; the total is the weighted sum."""
     terms = {name: term(rollout, weights) for name, term in TERMS.items()}
     of = weights.of()
-    return sum((of[name] * value for name, value in terms.items()), torch.zeros_like(rollout.liking_Un)), terms
+    return sum(
+        (of[name] * value for name, value in terms.items()),
+        torch.zeros_like(rollout.liking_Un),
+    ), terms
 
 
 def advantages(reward_Un: Tensor, *, by_std: bool = True) -> Tensor:
     """Group-relative advantage: centred on the group's mean, divided by its standard deviation + 1e-4 (1.6.3)."""
     centred = reward_Un - reward_Un.mean(1, keepdim=True)
     return centred / (reward_Un.std(1, keepdim=True, correction=0) + 1e-4) if by_std else centred
-
-
-def prospects(logits_UI: Tensor, base_I: Tensor) -> Tensor:
-    """Probability ``[U, I]`` that an item is in a person's next basket, from the judge's logits and base rates.
-
-    The judge is fitted against popularity-matched negatives, so its logit is the log of how much likelier than its
-    popularity an item is for this person. Times the base rate, and scaled so that each person expects as many items as
-    an average basket holds, that is a rate; 1 - exp(-rate) is the probability of at least one.
-    """
-    lift_UI = (logits_UI - logits_UI.amax(1, keepdim=True)).exp()
-    rate_UI = base_I * lift_UI
-    return 1 - (-rate_UI * (base_I.sum() / rate_UI.sum(1, keepdim=True))).exp()
 
 
 def membership(values: list[np.ndarray], items: int) -> Tensor:

@@ -60,12 +60,13 @@ PANELS = (
     Panel(
         stage="sft", title="Grounding: nats to draw what is named", series={"grounding_nats": "named item"}, late=True
     ),
+    Panel(stage="rl", title="Imitation of what should be drawn: nats", series={"distil_nats": "training"}, late=True),
     Panel(stage="rl", title="RL: reward", series={"reward": "sum of all terms"}),
     Panel(
         stage="rl",
         title="RL: reward, term by term",
         series={
-            f"reward_{name}": name for name in ("coverage", "judge", "future", "copying", "validity", "dissimilarity")
+            f"reward_{name}": name for name in ("slate", "coverage", "future", "copying", "validity", "dissimilarity")
         },
     ),
     Panel(
@@ -83,7 +84,7 @@ PANELS = (
         title="RL watch: next basket, by an encoder no reward has seen",
         series={"watch_basket_precision": "basket precision"},
     ),
-    Panel(stage="rl", title="RL: drift from SFT, nats a picture", series={"kl_nats": "KL"}),
+    Panel(stage="rl", title="RL: drift from where GRPO began, nats a picture", series={"kl_nats": "KL"}),
 )
 
 

@@ -57,7 +57,11 @@ METRICS: dict[str, tuple[str, str, int]] = {
 }
 ROWS: dict[str, tuple[str, str, str]] = {
     # name: (words, what it is, group)
-    "grpo": ("GRPO", "The generator after reinforcement learning, with the person's own history.", "ours"),
+    "grpo": (
+        "GRPO",
+        "The generator after imitation and reinforcement learning, with the person's own history.",
+        "ours",
+    ),
     "grpo_guided": (
         "GRPO, guided",
         "The generator after RL, pushed further towards the history while sampling.",

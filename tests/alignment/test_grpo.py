@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from couturier.components.alignment import grpo, rewards, sft
+from couturier.components.alignment.distil import DistilConfig
 from couturier.components.alignment.grpo import policy_loss
+from couturier.components.alignment.prospect import ProspectConfig
 from couturier.components.alignment.rewards import Weights, advantages
 from couturier.components.generator.janus import GeneratorConfig
 from couturier.components.interest import fit
@@ -20,10 +22,17 @@ from couturier.components.lineage.checkpoints import Checkpoints
 from .conftest import HISTORY, context
 from .test_sft import KillAt, Killed
 
-INPUTS = {"sequences": "sequences", "tokenise": "tokenise", "judge": "rl-judge", "sft": "rl-sft"}
+INPUTS = {
+    "sequences": "sequences",
+    "tokenise": "tokenise",
+    "judge": "rl-judge",
+    "sft": "rl-sft",
+}
 CONFIG = grpo.Config(
     threads=1,
-    steps=24,
+    prospect=ProspectConfig(windows=60, others_share=0.5),
+    distil=DistilConfig(steps=12, prompts=8, targets=3, copies=0.3),
+    steps=18,
     prompts=8,
     group=4,
     lr=1e-3,
@@ -95,9 +104,14 @@ def aligned(started: Path) -> tuple[Path, dict]:
 
 def test_a_planted_reward_is_learned(started: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Items of even index are worth one, the others nothing: half of the pictures at first, far more soon."""
-    monkeypatch.setitem(rewards.TERMS, "coverage", lambda rollout, _: (rollout.nearest_Un % 2 == 0).float())
-    only = Weights(coverage=1, prospect=0, judge=0, future=0, copying=0, validity=0, dissimilarity=0)
-    config = dataclasses.replace(CONFIG, steps=30, group=8, lr=2e-3, watch_every=30, weights=only)
+    monkeypatch.setitem(
+        rewards.TERMS,
+        "coverage",
+        lambda rollout, _: (rollout.nearest_Un % 2 == 0).float(),
+    )
+    only = Weights(coverage=1, slate=0, judge=0, future=0, copying=0, validity=0, dissimilarity=0)
+    rl_alone = dataclasses.replace(CONFIG, distil=DistilConfig(steps=0))
+    config = dataclasses.replace(rl_alone, steps=30, group=8, lr=2e-3, watch_every=30, weights=only)
     ctx = context(started, "rl-planted", config, INPUTS)
     grpo.run(ctx)
     curves = pl.read_parquet(ctx.out / "curves.parquet")
@@ -110,11 +124,38 @@ def test_every_term_is_logged(aligned: tuple[Path, dict]) -> None:
     curves = pl.read_parquet(aligned[0] / "curves.parquet")
     names = set(curves["name"].unique())
     assert {f"reward_{term}" for term in Weights().of()} <= names
-    assert {"kl_nats", "distinct", "copied", "zero_variance_groups", "watch_basket_precision"} <= names
-    assert aligned[1]["steps"] == CONFIG.steps
+    assert {
+        "kl_nats",
+        "distinct",
+        "copied",
+        "zero_variance_groups",
+        "watch_basket_precision",
+    } <= names
+    assert aligned[1]["steps"] == CONFIG.distil.steps + CONFIG.steps
 
 
-@pytest.mark.parametrize("step", [4, 10, 23])
+def test_imitation_brings_the_policy_closer_to_what_is_wanted(started: Path) -> None:
+    """Everybody wants one same item: soon most pictures show it, without a single step of RL."""
+    distil = DistilConfig(steps=40, prompts=8, targets=3, lr=3e-3, copies=0.0, condition_dropout=0.0)
+    ctx = context(
+        started,
+        "rl-imitation",
+        dataclasses.replace(CONFIG, distil=distil, steps=0),
+        INPUTS,
+    )
+    trainer = grpo._Trainer(ctx, ctx.config)
+    one = torch.nn.functional.one_hot(torch.tensor([7]), 30).float()
+    trainer.wanted = lambda rows: one.expand(len(rows), -1)  # type: ignore[method-assign]
+    trainer.fit()
+    codes = trainer.policy.eval().sample(trainer.train.favourites_WK[:20], 4, seeds=list(range(20)))
+    shown = trainer.book.nearest[trainer.book.look(codes.flatten(0, 1))]
+    assert (shown == 7).float().mean() > 0.8
+    nats = [value for _, name, value in trainer.curves if name == "distil_nats"]
+    assert nats[-1] < 0.5 * nats[0]
+    assert trainer.reference is None
+
+
+@pytest.mark.parametrize("step", [4, 10, 13, 15, 29])
 def test_kill_and_resume_gives_the_same_bits(started: Path, aligned: tuple[Path, dict], step: int) -> None:
     name = f"rl-killed-{step}"
     with pytest.raises(Killed):
@@ -154,7 +195,7 @@ def test_the_run_stops_when_the_independent_encoder_sees_pictures_drift(
     started: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grpo, "Watch", FallingWatch)
-    config = dataclasses.replace(CONFIG, watch_every=3, watch_tolerance=0.3)
+    config = dataclasses.replace(CONFIG, distil=DistilConfig(steps=0), watch_every=3, watch_tolerance=0.3)
     ctx = context(started, "rl-stopped", config, INPUTS)
     grpo.run(ctx)
     # 0.40 at the start, 0.32 after three steps, 0.26 after six: below 0.7 of the best.

@@ -16,7 +16,6 @@ from couturier.components.alignment.rewards import (
     Weights,
     advantages,
     membership,
-    prospects,
     score,
 )
 
@@ -38,8 +37,7 @@ def rollout(
         psnr_Un=torch.full((1, n), psnr),
         features_UnD=features,
         liking_Un=torch.zeros(1, n),
-        prospect_UI=torch.linspace(0.1, 0.6, ITEMS)[None],
-        base_I=torch.full((ITEMS,), 0.1),
+        wanted_UI=torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05, 0.0]]),
         basket_UI=membership([np.array(basket, int)], ITEMS),
         future_UI=membership([np.array(future, int)], ITEMS),
         history_UI=membership([np.array(history, int)], ITEMS),
@@ -52,26 +50,35 @@ def test_coverage_is_what_the_group_would_lose_without_the_picture() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, ITEMS - 1), min_size=1, max_size=8), st.sets(st.integers(0, ITEMS - 1)))
+@given(
+    st.lists(st.integers(0, ITEMS - 1), min_size=1, max_size=8),
+    st.sets(st.integers(0, ITEMS - 1)),
+)
 def test_coverage_equals_the_leave_one_out_definition(nearest: list[int], basket: set[int]) -> None:
     found = TERMS["coverage"](rollout(nearest, basket=sorted(basket)), Weights())[0].tolist()
     whole = len(set(nearest) & basket)
     assert found == [whole - len(set(nearest[:i] + nearest[i + 1 :]) & basket) for i in range(len(nearest))]
 
 
-def test_prospect_is_shared_among_pictures_of_one_item() -> None:
-    found = TERMS["prospect"](rollout([0, 0, 5]), Weights(contrast=0.5))
-    assert found[0].tolist() == pytest.approx([0.025, 0.025, 0.55])
+def test_the_slate_pays_an_item_as_often_as_it_is_wanted() -> None:
+    # Of four pictures two should show item 0: both earn it, a third one nothing. Item 5 is wanted by nobody.
+    assert TERMS["slate"](rollout([0, 0, 1, 5]), Weights())[0].tolist() == pytest.approx([1, 1, 0.8, 0])
+    assert TERMS["slate"](rollout([0, 0, 0, 5]), Weights())[0].tolist() == pytest.approx([0, 0, 0, 0])
 
 
-def test_prospects_follow_popularity_times_lift_and_sum_to_a_basket() -> None:
-    base = torch.tensor([0.2, 0.1, 0.1])
-    flat = prospects(torch.zeros(1, 3), base)
-    assert flat[0].tolist() == pytest.approx((1 - (-base).exp()).tolist())
-    lifted = prospects(torch.tensor([[0.0, np.log(3.0), 0.0]]), base)
-    rates = -(1 - lifted).log()
-    assert float(rates.sum()) == pytest.approx(0.4)
-    assert float(rates[0, 1] / rates[0, 2]) == pytest.approx(3.0, rel=1e-4)
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, ITEMS - 1), min_size=1, max_size=8))
+def test_the_slate_is_what_the_agreement_would_lose_without_the_picture(
+    nearest: list[int],
+) -> None:
+    group = rollout(nearest)
+    wanted_I = group.wanted_UI[0] * len(nearest)
+
+    def agreement(items: list[int]) -> float:
+        return float(torch.bincount(torch.tensor(items, dtype=torch.long), minlength=ITEMS).minimum(wanted_I).sum())
+
+    lost = [agreement(nearest) - agreement(nearest[:i] + nearest[i + 1 :]) for i in range(len(nearest))]
+    assert TERMS["slate"](group, Weights())[0].tolist() == pytest.approx(lost, abs=1e-5)
 
 
 def test_future_is_shared_among_pictures_of_one_item() -> None:
