@@ -44,6 +44,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--limit", type=float, default=3600.0, help="wall seconds that one fit may take")
     parser.add_argument("--no-install", action="store_true", help="use only environments that exist")
+    parser.add_argument("--cached", action="store_true", help="fit nothing: show what the cache holds")
     parser.add_argument("--no-speed", action="store_true", help="leave the training speeds out")
     parser.add_argument("--out", type=Path, help="write the table and the plot into this folder")
     return parser.parse_args(words)
@@ -76,6 +77,7 @@ def plan_of(options: argparse.Namespace) -> runner.Plan:
         threads=options.threads,
         limit_s=options.limit,
         install=not options.no_install,
+        cached=options.cached,
     )
 
 

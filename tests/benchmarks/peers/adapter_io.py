@@ -103,10 +103,20 @@ def write_scores(out: Path, scores: np.ndarray) -> None:
     pq.write_table(pa.table({"score": np.asarray(scores, dtype=np.float64)}), out / "scores.parquet")
 
 
+def peak_bytes() -> int:
+    """The most memory this process has held.
+
+    ``ru_maxrss`` outlives exec, so that of a child is at least what its parent held; Linux's high-water mark is not.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(status.read_text(encoding="ascii").partition("VmHWM:")[2].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def write_result(out: Path, facts: dict[str, Any], packages: tuple[str, ...]) -> None:
     """``result.json``, written last: where it lies, the run is whole."""
     out.mkdir(parents=True, exist_ok=True)
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     versions = {name: importlib.metadata.version(name) for name in packages}
-    text = json.dumps({**facts, "peak_bytes": peak_bytes, "versions": versions}, indent=2, sort_keys=True)
+    text = json.dumps({**facts, "peak_bytes": peak_bytes(), "versions": versions}, indent=2, sort_keys=True)
     (out / "result.json").write_text(text + "\n", encoding="utf-8")

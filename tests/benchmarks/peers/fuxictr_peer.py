@@ -174,17 +174,19 @@ def run_speed(args: Any, folder: Path, facts: dict[str, Any]) -> None:
     train, _ = RankDataLoader(model.feature_map, stage="train", **config)
     model._max_gradient_norm, model._batch_index = 10.0, 0
     model.train()
-    limit, rows, began = float(args.config.get("seconds", 10)), 0, 0.0
+    limit, rows, began, began_cpu = float(args.config.get("seconds", 10)), 0, 0.0, 0.0
     while not rows or time.perf_counter() - began < limit:
         for index, batch in enumerate(train):
             model.train_step(batch).item()
             if index == 3 and not began:
-                began, rows = time.perf_counter(), 0
+                began, began_cpu, rows = time.perf_counter(), time.process_time(), 0
                 continue
             rows += len(batch[2])
             if began and time.perf_counter() - began >= limit:
                 break
     facts["rows_per_s"] = rows / (time.perf_counter() - began)
+    if not config["num_workers"]:  # a worker's seconds would be missing
+        facts["rows_per_cpu_s"] = rows / (time.process_time() - began_cpu)
     facts["settings"] = {name: config[name] for name in ("embedding_dim", "max_len", "batch_size", "dnn_hidden_units")}
 
 

@@ -254,19 +254,21 @@ def run_speed(args: Any, facts: dict[str, Any], scratch: Path) -> None:
         inner: Any = topk_examples(args.model, setting, log, History(events, setting), True)
     else:
         setting, log, about, inner, _, _ = ctr_parts(args, form, scratch)
-    steps, spent, counted = 5, 0.0, _Counted(inner)
+    steps, spent, spent_cpu, counted = 5, 0.0, 0.0, _Counted(inner)
     for wanted_s in (1.0, float(args.config.get("seconds", 10))):
         steps = max(5, round(steps * wanted_s / spent)) if spent else steps
         loop_config = LoopConfig(steps=steps, eval_every=10**9, seed=args.seed)
         timed_setting = replace(setting, loop=loop_config)
         counted = _Counted(inner)
         loop = fitted(args.model, timed_setting, about, log, counted, lambda judge: 0.0)
-        began = time.perf_counter()
+        began, began_cpu = time.perf_counter(), time.process_time()
         loop.run()
-        spent = time.perf_counter() - began
+        spent, spent_cpu = time.perf_counter() - began, time.process_time() - began_cpu
     facts["sequences_per_s"] = counted.sequences / spent
     facts["positions_per_s"] = counted.positions / spent
     facts["rows_per_s"] = counted.candidates / spent
+    facts["positions_per_cpu_s"] = counted.positions / spent_cpu
+    facts["rows_per_cpu_s"] = counted.candidates / spent_cpu
 
 
 def main() -> None:

@@ -132,13 +132,14 @@ def run_speed(args: Any, facts: dict[str, Any]) -> None:
     model = build(args.model, settings)
     model.fit_partial(data, min_epochs=1, max_epochs=1)
     lengths = np.minimum(np.bincount(events["user"]), model.session_max_len + 1)
-    epochs, began = 0, time.perf_counter()
+    epochs, began, began_cpu = 0, time.perf_counter(), time.process_time()
     while time.perf_counter() - began < args.config.get("seconds", 10):
         model.fit_partial(data, min_epochs=3, max_epochs=3)
         epochs += 3
-    spent = time.perf_counter() - began
+    spent, spent_cpu = time.perf_counter() - began, time.process_time() - began_cpu
+    positions = epochs * int((lengths[lengths > 1] - 1).sum())
     facts["sequences_per_s"] = epochs * int((lengths > 1).sum()) / spent
-    facts["positions_per_s"] = epochs * int((lengths[lengths > 1] - 1).sum()) / spent
+    facts["positions_per_s"], facts["positions_per_cpu_s"] = positions / spent, positions / spent_cpu
     facts["loss"] = float(model.fit_trainer.callback_metrics["train_loss"])
     facts["settings"] = {**TRANSFORMER, **settings}
 

@@ -73,7 +73,7 @@ def tables(rows: list[Row], ratios: dict[str, Any], about: dict[str, Any]) -> st
         f"# Judges and peers, {about['date']}",
         "",
         f"{about['machine']}; {about['threads']} threads; commit {about['commit']}; seeds {about['seeds']}; "
-        f"{about['budget']} settings tried for each model; splits "
+        f"up to {about['budget']} settings tried for each model; splits "
         + ", ".join(f"{name} {digest}" for name, digest in about["splits"].items())
         + (". **Quick run: one setting, few epochs, no result to quote.**" if about["quick"] else "."),
         "",
@@ -93,7 +93,7 @@ def _table(rows: list[Row]) -> list[str]:
     metrics = list(rows[0].metrics.values)
     extra = [name for name in ("auc", "logloss") if any(name in row.figures for row in rows)]
     heads = [*(_HEADS[name] for name in metrics), *(_HEADS.get(name, name) for name in extra)]
-    heads += ["vs best peer", "fit CPU s", "predict CPU s", "peak MB", "seeds"]
+    heads += ["vs best peer", "fit CPU s", "predict CPU s", "peak MB", "tried", "seeds"]
     best = best_peer(rows)
     lines = ["| model | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for row in rows:
@@ -103,7 +103,7 @@ def _table(rows: list[Row]) -> list[str]:
         cells.append(_against(row, best))
         cells += [f"{row.cost[name]:.1f}" for name in ("cpu_fit_s", "cpu_predict_s")]
         cells.append(f"{row.cost['peak_bytes'] / 1e6:.0f}")
-        lines.append(f"| {row.title} | " + " | ".join([*cells, str(row.seeds)]) + " |")
+        lines.append(f"| {row.title} | " + " | ".join([*cells, str(row.tried), str(row.seeds)]) + " |")
     return lines
 
 

@@ -27,6 +27,10 @@ Say = Callable[[str], None]
 COSTS = ("fit_s", "predict_s", "cpu_fit_s", "cpu_predict_s", "peak_bytes")
 
 
+class NotCached(PeerUnavailable):
+    """A run was asked of the cache alone, and is not there."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """A peer's model and the settings that may be tried for it, the default first."""
@@ -81,8 +85,8 @@ TOPK = (
         name="sasrec",
         grid=(
             _SASREC,
-            {**_SASREC, "dropout_rate": 0.5},
             {**_SASREC, "session_max_len": 100},
+            {**_SASREC, "dropout_rate": 0.5},
             {**_SASREC, "lr": 1e-3},
         ),
         quick=_QUICK_SASREC,
@@ -118,6 +122,8 @@ class Plan:
     install: bool = True
     quick: bool = False
     """Whether each model takes the one setting of its quick run, untried."""
+    cached: bool = False
+    """Whether nothing is fitted: settings and seeds that the cache lacks are left out."""
 
 
 @dataclass(kw_only=True)
@@ -133,6 +139,8 @@ class Row:
     """``COSTS``, means over seeds; ``tune_s``: processor seconds of all of the tuning."""
     config: dict[str, Any] = field(default_factory=dict)
     seeds: int = 1
+    tried: int = 1
+    """How many settings were compared on valid."""
 
 
 def measure(split: Split, form: str, stage: str, out: Path) -> tuple[evaluator.PerUser, dict[str, float]]:
@@ -163,15 +171,20 @@ class Runner:
             PeerUnavailable: its environment is not there, or a process failed.
         """
         python = self._python(model)
-        config, tune_s = self._tuned(python, model, form)
+        config, tune_s, tried = self._tuned(python, model, form)
         runs, figures, costs = [], [], []
         for seed in self._plan.seeds if model.seeded else (0,):
-            facts, out = self._run(python, model, form, "test", config, seed)
+            try:
+                facts, out = self._run(python, model, form, "test", config, seed)
+            except NotCached:
+                continue
             run, extra = measure(self._split, form, "test", out)
             self._say(f"  {model.title} {form} test, seed {seed}: {_shown(run)}, fit {facts['fit_s']:.1f} s")
             runs.append(run)
             figures.append(extra)
             costs.append({name: float(facts[name]) for name in COSTS})
+        if not runs:
+            raise NotCached(f"{model.title} {form}: no test run in the cache.")
         return Row(
             title=model.title,
             form=form,
@@ -180,6 +193,7 @@ class Runner:
             cost={name: float(np.mean([one[name] for one in costs])) for name in costs[0]} | {"tune_s": tune_s},
             config=config,
             seeds=len(runs),
+            tried=tried,
         )
 
     def speed(self, model: Model, form: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -195,17 +209,21 @@ class Runner:
         plan = self._plan
         return environments.run_adapter(python, model.peer, words, out, threads=plan.threads, limit_s=plan.limit_s)
 
-    def _tuned(self, python: Path, model: Model, form: str) -> tuple[dict[str, Any], float]:
-        """The best of the grid on valid, with the number of epochs that were best there, and what trying cost."""
+    def _tuned(self, python: Path, model: Model, form: str) -> tuple[dict[str, Any], float, int]:
+        """The best of the grid on valid, with the number of epochs that were best there; seconds; settings tried."""
         grid = list(model.grid[: self._plan.budget])
         if self._plan.quick:
             grid = [model.quick if model.quick is not None else model.grid[0]]
         # A ranking model that stops early needs valid to learn when, since it is then fitted on valid as well.
         if len(grid) == 1 and (form.startswith("ctr") or "patience" not in grid[0]):
-            return grid[0], 0.0
-        best, chosen, spent = -1.0, grid[0], 0.0
+            return grid[0], 0.0, 1
+        best, chosen, spent, tried = -1.0, grid[0], 0.0, 0
         for config in grid:
-            facts, out = self._run(python, model, form, "valid", config, 0)
+            try:
+                facts, out = self._run(python, model, form, "valid", config, 0)
+            except NotCached:
+                continue
+            tried += 1
             run, _ = measure(self._split, form, "valid", out)
             value = float(run.values[aim(form)].mean())
             self._say(f"  {model.title} {form} valid {aim(form)} {value:.4f} in {facts['fit_s']:.1f} s: {config}")
@@ -213,7 +231,7 @@ class Runner:
             if value > best:
                 best = value
                 chosen = {**config, "epochs": facts["best_epochs"]} if "best_epochs" in facts else config
-        return chosen, spent
+        return chosen, spent, max(1, tried)
 
     def _python(self, model: Model) -> Path:
         if model.peer in ("ours", "reference"):
@@ -238,6 +256,8 @@ class Runner:
         out = folder / f"{stage}-{seed}-{digest}"
         words = self._words(model, form, stage, config, seed)
         plan = self._plan
+        if plan.cached and model.peer != "reference" and not (out / "result.json").is_file():
+            raise NotCached(f"{model.title} {form}: not in the cache.")
         facts = environments.run_adapter(python, model.peer, words, out, threads=plan.threads, limit_s=plan.limit_s)
         return facts, out
 

@@ -2,7 +2,8 @@
 
 ``fit_vs_rectools_sasrec`` counts target positions a second (a sequence of 51 items has 50) and
 ``fit_vs_fuxictr_din`` rows a second (a candidate with its history), loader and optimiser included, at equal batch,
-width and length. The kernels' ratios come from their own benchmarks beside this folder.
+width and length; ``_cpu`` is the same a second of the processor, which other work on the machine does not change. The
+kernels' ratios come from their own benchmarks beside this folder.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from . import ours, runner
 from .environments import PeerUnavailable
@@ -36,30 +35,31 @@ def ratios(split: Split, plan: runner.Plan, cache: Path, say: runner.Say) -> dic
     found = {**_kernels(say)}
     task, run = split.tasks[-1], runner.Runner(split, cache, plan, say)
     fits = (
-        ("fit_vs_rectools_sasrec", "sasrec", f"speed-{task}", "rectools", _SASREC, _OUR_SASREC, "positions_per_s"),
-        ("fit_vs_fuxictr_din", "din", "speed-uniform", "fuxictr", _DIN, _OUR_DIN, "rows_per_s"),
+        ("fit_vs_rectools_sasrec", "sasrec", f"speed-{task}", "rectools", _SASREC, _OUR_SASREC, "positions"),
+        ("fit_vs_fuxictr_din", "din", "speed-uniform", "fuxictr", _DIN, _OUR_DIN, "rows"),
     )
-    for name, judge, form, peer, theirs, mine, unit in fits:
+    for name, judge, form, peer, theirs, mine, what in fits:
         if not ours.known((judge,)):
             say(f"  left out: {name}: no judge {judge} yet")
             continue
         other = next(model for model in (*runner.TOPK, *runner.CLICK) if (model.peer, model.name) == (peer, judge))
         seconds = {"seconds": 4 if plan.quick else 10}
+        turns = []
         try:
-            turns = [
-                (
-                    float(run.speed(ours.model(judge, form), form, {**mine, **seconds})[unit]),
-                    float(run.speed(other, form, {**theirs, **seconds, **_loader(peer, turn)})[unit]),
-                )
-                for turn in range(1 if plan.quick else TURNS)
-            ]
+            for turn in range(1 if plan.quick else TURNS):
+                mine_now = run.speed(ours.model(judge, form), form, {**mine, **seconds})
+                other_now = run.speed(other, form, {**theirs, **seconds, **_loader(peer, turn)})
+                turns.append((mine_now, other_now))
         except PeerUnavailable as error:
             say(f"  left out: {name}: {error}")
             continue
-        # The best of each side: other work on the machine only ever slows.
-        fast, slow = np.max(turns, axis=0)
-        found[name] = {"ratio": fast / slow, "ours": fast, "other": slow, "unit": unit.replace("_per_s", " a second")}
-        say(f"  {name}: {fast:,.0f} against {slow:,.0f} {unit}: {fast / slow:.2f}")
+        for unit, suffix in ((f"{what}_per_s", ""), (f"{what}_per_cpu_s", "_cpu")):
+            # The best of each side: other work on the machine only ever slows.
+            fast, slow = (max(float(one[side].get(unit, 0.0)) for one in turns) for side in (0, 1))
+            if fast and slow:
+                words = unit.replace("_per_s", " a second").replace("_per_cpu_s", " a processor second")
+                found[name + suffix] = {"ratio": fast / slow, "ours": fast, "other": slow, "unit": words}
+                say(f"  {name}{suffix}: {fast:,.0f} against {slow:,.0f} {words}: {fast / slow:.2f}")
     return found
 
 
