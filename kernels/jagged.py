@@ -177,11 +177,15 @@ def blocks(offsets: Tensor, row_user: Tensor, *, width: int, most: int = 1 << 19
     out: list[Block] = []
     for users, step in _groups(live, length_U, count_U, code, width, most, spare):
         # Inside a block the lists stay in order, so that neighbours can be one run.
-        for part in users.sort()[0].split(step):
-            rows = _places(first_U[part], count_U[part])
+        users = users.sort()[0]
+        rows, behaviours = _places(first_U[users], count_U[users]), _places(offsets[users], length_U[users])
+        even = -(-users.numel() // -(-users.numel() // step))
+        for at in range(0, users.numel(), even):
+            part = slice(at, at + even)
+            chosen = _part(rows, part)
             if not in_order:
-                rows = Places(index=by_user[rows.index], pad=rows.pad, start=None)
-            out.append(Block(rows=rows, behaviours=_places(offsets[part], length_U[part])))
+                chosen = Places(index=by_user[chosen.index], pad=chosen.pad, start=None)
+            out.append(Block(rows=chosen, behaviours=_part(behaviours, part)))
     return out
 
 
@@ -214,7 +218,13 @@ def _places(start_G: Tensor, size_G: Tensor) -> Places:
     place = torch.arange(int(size_G.max()), device=start_G.device)
     pad = place >= size_G[:, None]
     index = start_G[:, None] + torch.minimum(place, size_G[:, None] - 1)
-    if bool(pad.any()):
-        return Places(index=index, pad=pad, start=None)
+    return Places(index=index, pad=pad if bool(pad.any()) else None, start=None)
+
+
+def _part(places: Places, part: slice) -> Places:
+    """Some lines of it, as a view where they are one run."""
+    index = places.index[part]
+    if places.pad is not None:
+        return Places(index=index, pad=places.pad[part], start=None)
     first, last = int(index[0, 0]), int(index[-1, -1])
     return Places(index=index, pad=None, start=first if last - first + 1 == index.numel() else None)

@@ -234,7 +234,9 @@ class _Attend(torch.autograd.Function):
         kept: list[Tensor] = []
         for block in plan:
             pair_places = block.pairs(starts) if want_weights or score_P is not None else None
-            weight = _scores(block, queries_RH, keys_NH, behaviour_bias_N, scale)
+            values = block.behaviours.take(values_NE)
+            keys = values if keys_NH is values_NE else None if keys_NH is None else block.behaviours.take(keys_NH)
+            weight = _scores(block, queries_RH, keys, behaviour_bias_N, scale)
             if score_P is not None and pair_places is not None:
                 given = pair_places.take(score_P)
                 weight = given.clone() if weight is None else weight.add_(given)
@@ -243,12 +245,12 @@ class _Attend(torch.autograd.Function):
                 weight.masked_fill_(block.behaviours.pad[:, None], float("-inf") if softmax else 0.0)
             if softmax:
                 weight = weight.softmax(-1)
-            block.rows.put(pooled_RE, torch.bmm(weight, block.behaviours.take(values_NE)))
+            block.rows.put(pooled_RE, torch.bmm(weight, values))
             if weight_P is not None and pair_places is not None:
                 pair_places.put(weight_P, weight)
             kept.append(weight)
         ctx.save_for_backward(queries_RH, keys_NH, values_NE, *kept)
-        ctx.plan, ctx.starts, ctx.scale, ctx.softmax = plan, starts, scale, softmax
+        ctx.plan, ctx.starts, ctx.scale, ctx.softmax, ctx.one = plan, starts, scale, softmax, keys_NH is values_NE
         ctx.set_materialize_grads(False)
         return pooled_RE, weight_P
 
@@ -259,16 +261,17 @@ class _Attend(torch.autograd.Function):
         want_q, want_k, want_v, want_b, want_p, *_ = ctx.needs_input_grad
         d_q = torch.zeros_like(queries_RH) if want_q else None
         d_k = torch.zeros_like(keys_NH) if want_k else None
-        d_v = torch.zeros_like(values_NE) if want_v else None
+        # Where the values are the keys, one tensor takes both gradients.
+        d_v = torch.zeros_like(values_NE) if want_v and not (ctx.one and want_k) else None
         d_b = values_NE.new_zeros(values_NE.shape[0]) if want_b else None
         d_p = values_NE.new_zeros(int(ctx.starts[-1])) if want_p else None
         for block, weight in zip(ctx.plan, kept, strict=True):
-            d_weight = torch.zeros_like(weight)
+            values = block.behaviours.take(values_NE)
+            d_weight, d_values = torch.zeros_like(weight), None
             if grad_RE is not None:
                 g = block.rows.without_padding(block.rows.take(grad_RE))
-                if d_v is not None:
-                    block.behaviours.add(d_v, torch.bmm(weight.transpose(1, 2), g))
-                d_weight = torch.bmm(g, block.behaviours.take(values_NE).transpose(1, 2))
+                d_values = torch.bmm(weight.transpose(1, 2), g) if want_v else None
+                d_weight = torch.bmm(g, values.transpose(1, 2))
             if grad_P is not None:
                 pair_places = block.pairs(ctx.starts)
                 d_weight = d_weight + pair_places.without_padding(pair_places.take(grad_P))
@@ -279,18 +282,23 @@ class _Attend(torch.autograd.Function):
             if d_b is not None:
                 block.behaviours.add(d_b, d_score.sum(1))
             if d_q is not None:
-                block.rows.add(d_q, torch.bmm(d_score, block.behaviours.take(keys_NH)).mul_(ctx.scale))
+                keys = values if ctx.one else block.behaviours.take(keys_NH)
+                block.rows.add(d_q, torch.bmm(d_score, keys).mul_(ctx.scale))
             if d_k is not None:
-                d_scaled = torch.bmm(d_score.transpose(1, 2), block.rows.take(queries_RH)).mul_(ctx.scale)
-                block.behaviours.add(d_k, d_scaled)
+                d_keys = torch.bmm(d_score.transpose(1, 2), block.rows.take(queries_RH)).mul_(ctx.scale)
+                if ctx.one and d_values is not None:
+                    d_keys += d_values
+                block.behaviours.add(d_k, d_keys)
+            if d_v is not None and d_values is not None:
+                block.behaviours.add(d_v, d_values)
         return d_q, d_k, d_v, d_b, d_p, None, None, None, None, None
 
 
 def _scores(
-    block: Block, queries_RH: Tensor | None, keys_NH: Tensor | None, behaviour_bias_N: Tensor | None, scale: float
+    block: Block, queries_RH: Tensor | None, keys_GLH: Tensor | None, behaviour_bias_N: Tensor | None, scale: float
 ) -> Tensor | None:
     """scale q . k + the bias of the behaviour, ``[G, C, L]``; None when scores are given from outside."""
-    if queries_RH is None or keys_NH is None:
+    if queries_RH is None or keys_GLH is None:
         return None
-    score = torch.bmm(block.rows.take(queries_RH), block.behaviours.take(keys_NH).transpose(1, 2)).mul_(scale)
+    score = torch.bmm(block.rows.take(queries_RH), keys_GLH.transpose(1, 2)).mul_(scale)
     return score if behaviour_bias_N is None else score.add_(block.behaviours.take(behaviour_bias_N)[:, None])

@@ -195,6 +195,16 @@ def test_callables_see_real_pairs_only_and_all_of_them(pooling: Pooling) -> None
     assert max(far.values()) < 1e-12, far
 
 
+def test_keys_that_are_the_values_get_both_gradients() -> None:
+    lists = Lists(lengths=LENGTHS, row_user=shuffled_rows(len(LENGTHS), 30))
+    q, k, _ = lists.tensors(1)
+    pooled = dot_attention(q, k, lists.offsets, row_user=lists.row_user)
+    apart = dot_attention(q, k, lists.offsets, row_user=lists.row_user, values=k.clone())
+    weight = torch.linspace(-1, 1, pooled.numel(), dtype=pooled.dtype).view_as(pooled)
+    found, wanted = (torch.autograd.grad((one * weight).sum(), (q, k)) for one in (pooled, apart))
+    assert max(error(one, two) for one, two in zip(found, wanted, strict=True)) < 1e-12
+
+
 def test_sixteen_bits_in_sixteen_bits_out() -> None:
     lists = Lists(lengths=LENGTHS, dtype=torch.bfloat16)
     q, k, _ = lists.tensors(1)
