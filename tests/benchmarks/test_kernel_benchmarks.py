@@ -1,0 +1,19 @@
+"""The kernels' benchmarks hand the comparison what it reads. Their figures are no test: nothing here is timed."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+
+from . import hash_sampling, linear_attention
+
+
+@pytest.mark.parametrize("benchmark", [linear_attention, hash_sampling])
+def test_a_ratio_says_both_sides(benchmark: ModuleType) -> None:
+    threads = torch.get_num_threads()
+    found = benchmark.ratio(rounds=1)
+    assert found["ratio"] == pytest.approx(found["other"] / found["ours"])
+    assert isinstance(found["unit"], str)
+    assert torch.get_num_threads() == threads
