@@ -190,6 +190,8 @@ def _named(op: str, ops: Sequence[str]) -> bool:
 def table(found: dict[str, Any]) -> str:
     """The result as Markdown."""
     lines = [
+        "# Kernels, checked and timed",
+        "",
         f"`python -m couturier.kernels.verify`, {found['date']}, {found['machine']}, torch {found['torch']}, "
         f"commit {found['commit']}. {found['note']}".rstrip(),
         "",
