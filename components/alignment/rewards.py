@@ -42,7 +42,7 @@ class Weights:
     """Penalty for pixels far from every real tile: mush that an encoder's cosine does not see."""
     dissimilarity: float = 1.2
     """Mean feature distance to the other pictures of the group."""
-    copy_allowed: float = 0.36
+    copy_allowed: float = 0.39
     """Share of a group that may come from the history at no cost."""
     valid_db: float = 26.0
     """PSNR to the nearest real tile from which on a picture is flawless."""
