@@ -58,7 +58,7 @@ def test_fitting_finds_who_takes_what_and_how_often(fresh: Prospect, world: Path
     # Two of the six items of one's own kind, none of the others.
     assert p[own_UI].mean() == pytest.approx(1 / 3, abs=0.08)
     assert p[~own_UI].mean() < 0.05
-    taken = membership([test.basket_of(row) for row in rows], ITEMS).float()
+    taken = membership([test.basket_of(row) for row in rows.tolist()], ITEMS).float()
     assert p.sum(1).mean() == pytest.approx(float(taken.sum(1).mean()), abs=0.4)
 
 
