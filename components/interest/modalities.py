@@ -55,7 +55,7 @@ class Modalities(nn.Module):
 
     def __init__(self, parts: Sequence[tuple[str, int]], items: ItemFeatures, width: int, temperature: float) -> None:
         super().__init__()
-        pieces = [(str(name), int(size)) for name, size in parts] or [("picture", items.picture_width)]
+        pieces = list(parts) or [("picture", items.picture_width)]
         names = [name for name, _ in pieces] + ([WORDS] if items.config.words else [])
         if sum(size for _, size in pieces) != items.picture_width or len(set(names)) < len(names):
             raise ConfigError(

@@ -45,9 +45,9 @@ class MultimodalConfig(JudgeConfig):
     """Heads of the causal attention; they divide the width."""
     hidden: int = 64
     """F, the width of the layer below the heads."""
-    modalities: tuple[tuple[str, int], ...] = ()
-    """Names and widths of the pieces that content vectors are made of, such as ``(("picture", 16), ("audio", 16))``; a
-    piece of zeros is missing. Empty for one piece, the picture. Words come by themselves."""
+    modalities: tuple[str, ...] = ()
+    """The pieces that content vectors are made of as ``NAME:WIDTH``, such as ``("picture:16", "audio:16")``; a piece of
+    zeros is missing. Empty for one piece, the picture. Words come by themselves."""
     recent: int = 64
     """How many of the newest behaviours the short-term interest reads; the long-term one reads all."""
     fade_days: float = 30.0
@@ -71,6 +71,15 @@ class MultimodalConfig(JudgeConfig):
                 f"MultimodalConfig has fade_days {self.fade_days} and temperature {self.temperature}; both must be "
                 "above 0."
             )
+        for piece in self.modalities:
+            name, _, width = piece.partition(":")
+            if not name or not width.isdigit() or not int(width):
+                raise ConfigError(f"MultimodalConfig.modalities has {piece!r}; write NAME:WIDTH, such as 'audio:16'.")
+
+    @property
+    def pieces(self) -> list[tuple[str, int]]:
+        """Names and widths of ``modalities``."""
+        return [(name, int(width)) for name, _, width in (piece.partition(":") for piece in self.modalities)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +144,7 @@ class MultimodalJudge(ContentJudge):
         super().__init__(config, features, content)
         self.config = config
         e, f = config.width, config.hidden
-        self.modalities = Modalities(config.modalities, self.items, e, config.temperature)
+        self.modalities = Modalities(config.pieces, self.items, e, config.temperature)
         self.identity = nn.Linear(features.ids, e, bias=False) if features.ids else None
         self.evolution = Evolution(
             width=e, heads=config.heads, kinds=config.kinds, recent=config.recent, fade_days=config.fade_days

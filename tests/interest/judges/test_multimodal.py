@@ -25,7 +25,7 @@ from ..planted import World, category_of
 from ..worlds import multimodal as videos
 
 ITEMS, VIEW = 30, 5
-PIECES = (("picture", VIEW), ("audio", VIEW))
+PIECES = (f"picture:{VIEW}", f"audio:{VIEW}")
 SMALL = MultimodalConfig(width=8, heads=2, hidden=12, modalities=PIECES, recent=6)
 
 
@@ -230,7 +230,7 @@ def test_explain_points_at_the_planted_reason(stage_of: StageOf, world: World) -
     assert (last[:, None] == world.likes["test"]).any(1).mean() > 0.8
 
 
-@pytest.mark.parametrize("wrong", [{"heads": 3}, {"fade_days": 0.0}, {"recent": 0}])
+@pytest.mark.parametrize("wrong", [{"heads": 3}, {"fade_days": 0.0}, {"recent": 0}, {"modalities": ("audio",)}])
 def test_wrong_settings_are_named(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         MultimodalConfig(**wrong)  # type: ignore[arg-type]
@@ -281,7 +281,7 @@ def test_a_masked_modality_costs_a_little(watched: Watched) -> None:
     whole, best = (values.mean() for values in videos.new_item_aucs(world, judge, seed=0))
     assert whole > best - 0.1
     judge_of = {}
-    for place, (name, _) in enumerate(videos.PIECES):
+    for place, name in enumerate(videos.PIECES):
         piece = slice(place * videos.VIEW, (place + 1) * videos.VIEW)
         shown_all = judge.items.pictures_IP.clone()
         judge.items.pictures_IP[:, piece] = 0

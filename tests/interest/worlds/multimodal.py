@@ -26,7 +26,7 @@ TOPICS, WARM, NEW, USERS, LENGTH = 8, 160, 80, 240, 26
 VIEW, OWN, NOISE, NEGATIVES = 16, 0.6, 0.1, 40
 DAYS = 3.0  # between behaviours
 KINDS = ("like", "view")  # in the order of their numbers
-PIECES = (("picture", VIEW), ("audio", VIEW))
+PIECES = ("picture", "audio")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,8 @@ def plant(seed: int, *, users: int = USERS, heard: bool = False) -> World:
     topic_I = np.arange(WARM + NEW) % TOPICS
     latent_IL = np.concatenate([np.eye(TOPICS)[topic_I], OWN * random.normal(size=(len(topic_I), TOPICS))], axis=1)
     views = []
-    for name, width in PIECES:
-        view = latent_IL @ random.normal(size=(latent_IL.shape[1], width)) / 2
+    for name in PIECES:
+        view = latent_IL @ random.normal(size=(latent_IL.shape[1], VIEW)) / 2
         silent = heard and name == "picture"
         views.append(random.normal(size=view.shape) if silent else view + NOISE * random.normal(size=view.shape))
     world = World(
@@ -93,6 +93,7 @@ def logged(world: World, folder: Path) -> Log:
 def fitted(world: World, log: Log, *, seed: int, steps: int = 240, ids_only: bool = False) -> MultimodalJudge:
     """The judge by content and identities, or ``ids_only``."""
     vectors_IP = torch.zeros(len(world.vectors_IP), 1) if ids_only else world.vectors_IP
+    pieces = tuple(f"{name}:{VIEW}" for name in PIECES)
     fit = fit_log(
         log,
         Content.of_vectors(vectors_IP, torch.from_numpy(log.counts(2))),
@@ -107,7 +108,7 @@ def fitted(world: World, log: Log, *, seed: int, steps: int = 240, ids_only: boo
             eval_every=steps // 3,
             valid_metric="auc",
             features=FeatureConfig(words=0, ids=16),
-            multimodal=MultimodalConfig(width=16, hidden=32, modalities=() if ids_only else PIECES),
+            multimodal=MultimodalConfig(width=16, hidden=32, modalities=() if ids_only else pieces),
         ),
     )
     assert isinstance(fit.judge, MultimodalJudge)
