@@ -216,17 +216,19 @@ class HcnJudge(ContentJudge):
         """Interests ``[..., K, E]`` from what each level was given.
 
         A centre's interest is the mean of what it was given, with the prior and one behaviour's weight of nothing.
-        Each memory's interests read the other's, and a gate adds the two.
+        Level by level, each memory's interests read the other's that point the same way, and a gate adds the two.
         """
-        centres = [
-            self._pulled(level, each.vector_MXJE) / (each.mass_MXJ + 1)[..., None] for level, each in enumerate(sums)
-        ]
-        long_XKE, short_XKE = torch.cat(centres, dim=-2)
-        match_XKK = long_XKE @ short_XKE.transpose(-1, -2) * self.scale.exp()
-        long_read_XKE = long_XKE + match_XKK.softmax(-1) @ short_XKE
-        short_read_XKE = short_XKE + match_XKK.transpose(-1, -2).softmax(-1) @ long_XKE
-        gate_XK1 = self.gate(torch.cat([long_XKE, short_XKE], dim=-1)).sigmoid()
-        return 0.5 * (gate_XK1 * long_read_XKE + (1 - gate_XK1) * short_read_XKE)
+        interests = []
+        for level, each in enumerate(sums):
+            mean_MXJE = self._pulled(level, each.vector_MXJE) / (each.mass_MXJ + 1)[..., None]
+            long_XJE, short_XJE = mean_MXJE
+            one_XJE, other_XJE = F.normalize(mean_MXJE, dim=-1)
+            match_XJJ = one_XJE @ other_XJE.transpose(-1, -2) * self.scale.exp()
+            long_read_XJE = long_XJE + match_XJJ.softmax(-1) @ short_XJE
+            short_read_XJE = short_XJE + match_XJJ.transpose(-1, -2).softmax(-1) @ long_XJE
+            gate_XJ1 = self.gate(torch.cat([long_XJE, short_XJE], dim=-1)).sigmoid()
+            interests.append(0.5 * (gate_XJ1 * long_read_XJE + (1 - gate_XJ1) * short_read_XJE))
+        return torch.cat(interests, dim=-2)
 
     @torch.no_grad()
     def explain(self, history: HistoryBatch, candidates_UCD: Tensor) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -13,6 +15,9 @@ from couturier.components.interest.items import Content, FeatureConfig
 from couturier.components.interest.judges.hcn import HcnConfig, HcnJudge, label_aware, redundancy
 from couturier.components.interest.types import HistoryBatch, TrainBatch
 from couturier.components.runtime import global_seed
+
+from ..worlds import hcn as world
+from ..worlds.base import planted_log
 
 ITEMS, WIDTH = 12, 6
 SMALL = HcnConfig(embedding=8, short=3, times=16)
@@ -189,3 +194,40 @@ def test_explain_is_the_score_without_what_the_item_gave() -> None:
     state = judge.encode(history)
     wanted = judge.score(state, shown) - judge.score(replace(state, interests_UKE=interests), shown)
     torch.testing.assert_close(judge.explain(history, shown)[..., left_out], wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[world.World, HcnJudge]:
+    """A hierarchy after its fit in the planted world of topics, shortened."""
+    planted = world.plant(0)
+    log = planted_log(tmp_path_factory.mktemp("topics"), planted.taken_UT.tolist(), len(planted.vectors_IP))
+    return planted, world.fitted(planted, log, world.HIERARCHY, seed=0, steps=80)
+
+
+def test_explain_names_what_is_of_the_candidates_topic(planted: tuple[world.World, HcnJudge]) -> None:
+    """What was taken of the candidate's topic speaks for it; what shares its interest and is not of it, against it."""
+    topics, judge = planted
+    history = world.history_of(topics)
+    liked_U = topics.likes_U3[:, 0]
+    shown_U1D = topics.vectors_IP[torch.from_numpy(liked_U * world.EACH)][:, None]
+    parts_UT = judge.explain(history, shown_U1D)[:, 0].numpy()
+    same_UT = topics.topic_I[topics.taken_UT[:, :-1]] == liked_U[:, None]
+    assert parts_UT[same_UT].mean() > 0.05 and parts_UT[~same_UT].mean() < 0.01
+    told = [parts[same].sum() > parts[~same].sum() for parts, same in zip(parts_UT, same_UT, strict=True)]
+    assert np.mean(told) > 0.9
+
+
+def test_interests_cover_the_planted_topics(planted: tuple[world.World, HcnJudge]) -> None:
+    topics, judge = planted
+    assert world.coverage(topics, judge).mean() > 0.8  # by chance 3 of 16
+
+
+@pytest.mark.slow
+def test_a_hierarchy_repeats_itself_less_than_single_layer_routing(tmp_path: Path) -> None:
+    """At equal numbers of interests, and it still covers what people like and ranks as well."""
+    topics, ours, other = world.both(0, tmp_path)
+    gap_U = world.sameness(topics, other) - world.sameness(topics, ours)
+    assert gap_U.mean() - 1.96 * gap_U.std() / len(gap_U) ** 0.5 > 0.02
+    assert world.coverage(topics, ours).mean() > 0.9
+    best, found, single = (world.aucs(topics, judge).mean() for judge in (None, ours, other))
+    assert found > best - 0.03 and found > single - 0.01
