@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from couturier.components.errors import ConfigError
 from couturier.components.interest.base import ContentJudge, JudgeConfig, ranking_loss
 from couturier.components.interest.items import Content, FeatureConfig
-from couturier.components.interest.layers import mlp
+from couturier.components.interest.layers import centre_inputs, mlp
 from couturier.components.interest.left_out import each_left_out
 from couturier.components.interest.masking import thinned, with_strangers
 from couturier.components.interest.types import HistoryBatch, TrainBatch
@@ -115,6 +115,7 @@ class AwMoeJudge(ContentJudge):
         self.offset = nn.Parameter(torch.zeros(k))
         self.nothing = nn.Parameter(torch.randn(e) * 0.1)
         self.usual = nn.Parameter(torch.full((k,), 0.5))
+        centre_inputs(self.item, content.pictures_IP)
 
     def _encode(self, history: HistoryBatch) -> AwMoeState:
         amount_N = history.weight_N.clamp_min(1e-3)

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from couturier.components.errors import ConfigError
 from couturier.components.interest.base import ContentJudge, JudgeConfig, ranking_loss
 from couturier.components.interest.items import Content, FeatureConfig
+from couturier.components.interest.layers import centre_inputs
 from couturier.components.interest.masking import with_strangers
 from couturier.components.interest.types import HistoryBatch, TrainBatch
 
@@ -107,6 +108,7 @@ class HypercuboidJudge(ContentJudge):
         self.nothing_offset = nn.Parameter(torch.rand(k, s, w) * 0.5)
         self.scale = nn.Parameter(torch.zeros(()))
         self.level = nn.Parameter(torch.zeros(()))
+        centre_inputs(self.item, content.pictures_IP)
         with torch.no_grad():
             nn.init.zeros_(self.correct.weight)
             nn.init.zeros_(self.correct.bias)
