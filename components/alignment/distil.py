@@ -23,7 +23,7 @@ from torch import Tensor
 class DistilConfig:
     """What is imitated, and for how long."""
 
-    steps: int = 150
+    steps: int = 200
     """0 leaves the imitation out."""
     prompts: int = 32
     """Windows a step."""
@@ -33,16 +33,16 @@ class DistilConfig:
     weight_decay: float = 0.01
     condition_dropout: float = 0.1
     """Share of prompts without a history, so that guidance stays possible."""
-    sharpness: float = 10.0
+    sharpness: float = 12.0
     """1 / beta among favourites: how much of their probability goes to the best ones."""
     sharpness_new: float = 6.0
     """1 / beta among all other items, about which a history says less."""
     contrast: float = 0.25
     """Share of an item's base rate, in log odds, taken off its prospect: what anybody would take says little."""
-    contrast_new: float = 0.6
+    contrast_new: float = 0.5
     """The same for items that are no favourites. With little taken off, a wrong person's new pictures, popular and
     among this person's favourites, meet this person's basket more often than the right ones do."""
-    copies: float = 0.39
+    copies: float = 0.44
     """Probability given to items of the history. Imitation is never perfect, so the policy will copy somewhat more."""
 
 

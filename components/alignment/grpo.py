@@ -58,7 +58,7 @@ class Config:
     prospect: ProspectConfig = field(default_factory=ProspectConfig)
     distil: DistilConfig = field(default_factory=DistilConfig)
     """The imitation before GRPO."""
-    steps: int = 40
+    steps: int = 20
     """Of GRPO."""
     prompts: int = 32
     """Windows a step."""
@@ -66,7 +66,7 @@ class Config:
     """Pictures a window."""
     temperature: float = 1.0
     lr: float = 1.5e-4
-    warm_up_steps: int = 10
+    warm_up_steps: int = 5
     kl: float = 0.02
     """Weight of the per-code KL estimate to the policy that GRPO began with (k3 of Schulman)."""
     clip: float = 1.0

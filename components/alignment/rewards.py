@@ -36,13 +36,13 @@ class Weights:
     """The judge's standardised logit, in SD."""
     future: float = 0.0
     """Whether the picture is an item of the baskets after the next."""
-    copying: float = 7.0
+    copying: float = 5.0
     """Penalty on pictures out of the history, for the share of the group beyond ``copy_allowed``."""
     validity: float = 1.0
     """Penalty for pixels far from every real tile: mush that an encoder's cosine does not see."""
-    dissimilarity: float = 1.2
+    dissimilarity: float = 0.8
     """Mean feature distance to the other pictures of the group."""
-    copy_allowed: float = 0.39
+    copy_allowed: float = 0.44
     """Share of a group that may come from the history at no cost."""
     valid_db: float = 26.0
     """PSNR to the nearest real tile from which on a picture is flawless."""
