@@ -153,7 +153,7 @@ class Block:
         )
 
 
-def blocks(offsets: Tensor, row_user: Tensor, *, width: int, most: int = 1 << 19, spare: int = 1 << 19) -> list[Block]:
+def blocks(offsets: Tensor, row_user: Tensor, *, width: int, most: int = 1 << 20, spare: int = 1 << 19) -> list[Block]:
     """Cut all pairs into nearly dense blocks. One list is never cut, however long.
 
     Lists without rows, and rows of empty lists, are in no block.
