@@ -26,7 +26,6 @@ from couturier.components.interest.types import HistoryBatch
 
 _TIMES, _VALUES = 24, 16
 _AT_ONCE = 256  # places of a trace whose attention is computed at a time
-_FADED = 600.0  # exponents beyond this are as good as it: exp(600) is still a number in float64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,22 +184,24 @@ class Evolution(nn.Module):
 
     def trace(self, behaviours: Behaviours) -> Interest:
         """The interest right after each behaviour, ``[U, T, ...]``: that of the history up to it."""
-        vectors_UTE, t = behaviours.vectors_UTE, behaviours.real_UT.shape[1]
-        place_T = torch.arange(t, device=vectors_UTE.device)
-        parts = []
-        for start in range(0, t, _AT_ONCE):
-            ask, seen = slice(start, start + _AT_ONCE), slice(max(0, start + 1 - self.recent), start + _AT_ONCE)
-            back_QT = place_T[ask, None] - place_T[None, seen]
-            asked = behaviours.part(seen)
-            allowed_UQT = ((back_QT >= 0) & (back_QT < self.recent)) & asked.real_UT[:, None]
-            asking_UQE = vectors_UTE[:, ask]
-            weight_UHQT = self.attention(asking_UQE, behaviours.age_UT[:, ask], asked, allowed_UQT)
-            parts.append(self.short(weight_UHQT, asked))
-        short_UTE = torch.cat(parts, dim=1) if parts else torch.zeros_like(vectors_UTE)
-        # exp(-(age_k - age_t) / tau) is a quotient, so one running sum serves every place.
-        fade_UT = (behaviours.age_UT.double() / self.log_fade.exp().double()).clamp(0, _FADED)
-        amount_UT = behaviours.strength_UT.double() * (-fade_UT).exp()
-        scale_UT = fade_UT.exp()
-        faded_UTE = (amount_UT[..., None] * vectors_UTE.double()).cumsum(1) * scale_UT[..., None]
-        long_UTE = self.long(faded_UTE.to(vectors_UTE.dtype), (amount_UT.cumsum(1) * scale_UT).to(vectors_UTE.dtype))
-        return self.mixed(short_UTE, long_UTE, behaviours.real_UT.to(vectors_UTE.dtype))
+        vectors_UTE, length = behaviours.vectors_UTE, behaviours.real_UT.shape[1]
+        if not length:
+            return self.mixed(vectors_UTE, vectors_UTE, vectors_UTE.sum(-1))
+        places = torch.arange(length, device=vectors_UTE.device).split(_AT_ONCE)
+        found = [vars(self.after(behaviours, place_Q)) for place_Q in places]
+        return Interest(**{name: torch.cat([part[name] for part in found], dim=1) for name in found[0]})
+
+    def after(self, behaviours: Behaviours, place_Q: Tensor) -> Interest:
+        """The interest right after the behaviours in some places (rising; the same for everybody), ``[U, Q, ...]``."""
+        first, end = int(place_Q[0]), int(place_Q[-1]) + 1
+        seen = behaviours.part(slice(0, end))
+        back_QT = place_Q[:, None] - torch.arange(end, device=place_Q.device)
+        before_UQT = (back_QT >= 0) & seen.real_UT[:, None]
+        near = slice(max(0, first + 1 - self.recent), end)
+        allowed_UQT = before_UQT[..., near] & (back_QT[:, near] < self.recent)
+        asked, age_UQ = seen.part(near), seen.age_UT[:, place_Q]
+        weight_UHQT = self.attention(seen.vectors_UTE[:, place_Q], age_UQ, asked, allowed_UQT)
+        since_UQT = (seen.age_UT[:, None] - age_UQ[..., None]).clamp_min(0)
+        faded_UQT = seen.strength_UT[:, None] * (-since_UQT / self.log_fade.exp()).exp() * before_UQT
+        long_UQE = self.long(faded_UQT @ seen.vectors_UTE, faded_UQT.sum(-1))
+        return self.mixed(self.short(weight_UHQT, asked), long_UQE, seen.real_UT[:, place_Q].to(long_UQE.dtype))

@@ -8,7 +8,7 @@ abstract could be had: one semantic space by cross-modal alignment, behaviour-dr
 commenting, interest drift, cold start, and explanations by modality. Everything within that is our design:
 ``modalities`` and ``evolution`` have the parts, and this file the heads. An event has one kind (view, like, comment,
 ...), so one cross-entropy over kinds stands for the card's two binary ones; it and the regression of the value are
-learned at every place of a history from the interest before it. The click loss is the one of all judges. An identity,
+learned at places along a history from the interest before it. The click loss is the one of all judges. An identity,
 where features have one, is added behind its gate, so an item that was never met is judged by its content alone.
 
 Letters: U users, C candidates of a user, T history length, M modalities, N rows, E width, F hidden width, K kinds,
@@ -58,6 +58,8 @@ class MultimodalConfig(JudgeConfig):
     """Of the alignment loss, at first; learned."""
     align_items: int = 128
     """Items of a step that the alignment loss compares."""
+    behaviour_places: int = 8
+    """Places of the histories of a step from which the next kind and value are foretold."""
     align_weight: float = 0.1
     kind_weight: float = 0.3
     value_weight: float = 0.1
@@ -209,20 +211,25 @@ class MultimodalJudge(ContentJudge):
         told = history.kind_N is not None and bool((history.kinds_N != history.kinds_N[:1]).any())
         valued = bool(history.values_N.any())
         if (told and config.kind_weight) or (valued and config.value_weight):
-            kind, value = self._behaviour_losses(history, behaviours, items_UTE)
+            kind, value = self._behaviour_losses(history, behaviours, items_UTE, noise)
             loss = loss + config.kind_weight * told * kind + config.value_weight * valued * value
             parts |= {"kind": kind.detach(), "value": value.detach()}
         return loss, parts
 
     def _behaviour_losses(
-        self, history: HistoryBatch, behaviours: Behaviours, items_UTE: Tensor
+        self, history: HistoryBatch, behaviours: Behaviours, items_UTE: Tensor, noise: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the kind and Huber loss of ``log(1 + value)``, given the interest before and the item."""
-        later_UT = behaviours.real_UT[:, 1:]
-        before_UTE = self.evolution.trace(behaviours).user_XE[:, :-1]
-        hidden_MF = self._hidden(before_UTE[later_UT], items_UTE[:, 1:][later_UT])
-        kind_M = history.pad(history.kinds_N)[:, 1:][later_UT].clamp(0, self.config.kinds - 1)
-        value_M = history.pad(history.values_N)[:, 1:][later_UT].clamp_min(0).log1p()
+        length = items_UTE.shape[1]
+        if length < 2:
+            return items_UTE.sum() * 0, items_UTE.sum() * 0
+        drawn = torch.randperm(length - 1, generator=noise)[: self.config.behaviour_places].sort().values
+        before_Q = drawn.to(items_UTE.device)
+        real_UQ = behaviours.real_UT[:, before_Q + 1]
+        before_UQE = self.evolution.after(behaviours, before_Q).user_XE
+        hidden_MF = self._hidden(before_UQE[real_UQ], items_UTE[:, before_Q + 1][real_UQ])
+        kind_M = history.pad(history.kinds_N)[:, before_Q + 1][real_UQ].clamp(0, self.config.kinds - 1)
+        value_M = history.pad(history.values_N)[:, before_Q + 1][real_UQ].clamp_min(0).log1p()
         if not len(kind_M):
             return hidden_MF.sum(), hidden_MF.sum()
         return F.cross_entropy(self.kind(hidden_MF), kind_M), F.huber_loss(self.value(hidden_MF)[:, 0], value_M)
