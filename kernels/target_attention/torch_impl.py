@@ -20,10 +20,11 @@ from torch.nn.functional import linear
 
 from couturier.kernels.jagged import Block, blocks, pair_offsets, pairs
 
-# Pairs in one piece of the scorer: its activations (about 1 MB at H = 128) then stay in a core's cache.
-_PIECE = 2048
+# Pairs in one piece of the scorer: its activations (about 1 MB at H = 128) then stay in a core's cache, also when two
+# threads share it.
+_PIECE = 512
 # Up to so many bytes the hidden activations are kept for the backward; beyond it they are computed again.
-_KEEP_BYTES = 1 << 26
+_KEEP_BYTES = 1 << 28
 
 
 def mlp(
