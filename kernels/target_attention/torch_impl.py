@@ -24,7 +24,7 @@ from couturier.kernels.jagged import Block, blocks, pair_offsets, pairs
 # threads share it.
 _PIECE = 512
 # Up to so many bytes the hidden activations are kept for the backward; beyond it they are computed again.
-_KEEP_BYTES = 1 << 28
+_KEEP_BYTES = 1 << 26
 
 
 def mlp(
