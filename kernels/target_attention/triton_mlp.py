@@ -387,19 +387,13 @@ def _programs(q: Tensor) -> int:
 
 
 def _weights(score: Tensor, lse: Tensor, starts: Tensor, softmax: bool) -> Tensor:
-    if not softmax:
-        return score
-    return torch.exp(score - torch.repeat_interleave(lse, starts.diff(), output_size=score.numel()))
+    lse_P = torch.repeat_interleave(lse, starts.diff(), output_size=score.numel())
+    return torch.exp(score - lse_P) if softmax else score
 
 
 def _sizes(q: Tensor, v: Tensor, wp: Tensor, w2: Tensor) -> dict[str, Any]:
     interpreted = dispatch.interpreting()
     widths = {"H": q.shape[1], "E": v.shape[1], "F": wp.shape[0], "G": w2.shape[0]}
     rounded = {f"B{name}": max(16, triton.next_power_of_2(size)) for name, size in widths.items()}
-    how = {
-        "L": tile_l(q.dtype),
-        "RELOAD": reload(q.dtype),
-        "UPCAST": interpreted,
-        "PRECISION": "ieee" if interpreted else "tf32x3",
-    }
-    return {**widths, **rounded, **how}
+    how = {"L": tile_l(q.dtype), "RELOAD": reload(q.dtype), "UPCAST": interpreted}
+    return {**widths, **rounded, **how, "PRECISION": "ieee" if interpreted else "tf32x3"}

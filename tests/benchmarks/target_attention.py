@@ -117,15 +117,15 @@ def measure(rounds: int) -> dict[str, Any]:
     for name, shape in SHAPES.items():
         calls, facts = attention_calls(shape)
         # The scorers apart: after the hundreds of megabytes of padded DIN a small call meets a cold heap.
-        ms = {}
+        ms: dict[str, float] = {}
         for one in ("din", "dot"):
             ms |= interleaved_ms({which: calls[which] for which in (one, f"{one} padded")}, rounds=rounds)
         ratios = {one: ms[f"{one} padded"] / ms[one] for one in ("din", "dot")}
         shapes[name] = {**facts, "ms": ms, "vs_padded": ratios}
     search = {}
     for length in (1_000, 10_000):
-        ms = interleaved_ms(search_calls(length), rounds=rounds)
-        search[length] = {"ms": ms, "vs_sorting_all": ms[f"sort all {length}"] / ms[f"search {length}"]}
+        times = interleaved_ms(search_calls(length), rounds=rounds)
+        search[length] = {"ms": times, "vs_sorting_all": times[f"sort all {length}"] / times[f"search {length}"]}
     return {
         "target_attention_vs_padded": next(iter(shapes.values()))["vs_padded"]["din"],
         "shapes": shapes,
