@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -45,7 +46,8 @@ QUICK = Config(
 )
 
 # Judges that learn this world more slowly than the others, and what they need.
-PACE: dict[str, dict[str, float]] = {"din": {"learning_rate": 1e-2}, "sasrec": {"steps": 400}}
+PACE: dict[str, dict[str, Any]] = {"din": {"learning_rate": 1e-2}, "sasrec": {"steps": 400}}
+PACE["profile"] = {"steps": 400, "learning_rate": 8e-3}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,15 +158,17 @@ class DinJudge(ContentJudge):
     def _attended(self, state: DinState, query_UCW: Tensor) -> tuple[Tensor, Tensor]:
         """What the attention unit pools, ``[U, C, W]``, and the weight of every pair of candidate and behaviour."""
         layers = [(layer.weight, layer.bias) for layer in self.unit if isinstance(layer, nn.Linear)]
-        return mlp_attention(
-            query_UCW,
-            state.keys_NW,
-            state.offsets,
-            layers,
-            activations=None if self.config.form == "din_code" else list(self.unit[1::2]),
-            pooling=self.config.form,
-            return_weights=True,
-        )
+        # In full width even in mixed precision: weights that are a small difference of scores need it.
+        with torch.autocast(query_UCW.device.type, enabled=False):
+            return mlp_attention(
+                query_UCW.float(),
+                state.keys_NW.float(),
+                state.offsets,
+                layers,
+                activations=None if self.config.form == "din_code" else list(self.unit)[1::2],
+                pooling=self.config.form,
+                return_weights=True,
+            )
 
     def _mean(self, state: DinState) -> Tensor:
         """``[U, W]``, each behaviour counting by its weight."""

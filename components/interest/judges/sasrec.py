@@ -20,7 +20,7 @@ A heads, E width of a head, S pool, I items, D features.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -97,6 +97,23 @@ class _Block(nn.Module):
             self.outer.weight.zero_()
             self.outer.bias.zero_()
 
+    def forward(self, x_NW: Tensor, layout: _Layout, dropped: Callable[[Tensor], Tensor]) -> Tensor:
+        q_NW = self.before(x_NW)
+        x_NW = self.between(q_NW + dropped(self.out(self._attended(q_NW, x_NW, layout))))
+        added: Tensor = x_NW + dropped(self.outer(self.inner(x_NW).relu()))
+        return added
+
+    def _attended(self, q_NW: Tensor, x_NW: Tensor, layout: _Layout) -> Tensor:
+        """Causal attention of every row over its user's rows up to itself, ``[N, W]``."""
+        if not len(q_NW):
+            return q_NW
+        query, key, value = (
+            layout.pad(rows).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for rows in (self.query(q_NW), *self.key_value(x_NW).chunk(2, -1))
+        )
+        found_UALE = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return layout.unpad(found_UALE.transpose(1, 2).flatten(2))
+
 
 class SasrecJudge(ContentJudge):
     """The judge ``sasrec``; see the module."""
@@ -148,10 +165,7 @@ class SasrecJudge(ContentJudge):
         x_NW = self._dropped(x_NW, noise)
         layout = _Layout(history)
         for block in self.blocks:
-            q_NW = block.before(x_NW)
-            found_NW = block.out(_attend(block, layout, q_NW, x_NW))
-            x_NW = block.between(q_NW + self._dropped(found_NW, noise))
-            x_NW = x_NW + self._dropped(block.outer(block.inner(x_NW).relu()), noise)
+            x_NW = block(x_NW, layout, lambda y_NW: self._dropped(y_NW, noise))
         states_NW: Tensor = self.last(x_NW)
         return states_NW
 
@@ -282,19 +296,6 @@ class _Layout:
         return rows if self.full else rows[self.place_N]
 
 
-def _attend(block: _Block, layout: _Layout, q_NW: Tensor, x_NW: Tensor) -> Tensor:
-    """Causal attention of every row over its user's rows up to itself, ``[N, W]``."""
-    if not len(q_NW):
-        return q_NW
-    heads = block.heads
-    query, key, value = (
-        layout.pad(rows).unflatten(-1, (heads, -1)).transpose(1, 2)
-        for rows in (block.query(q_NW), *block.key_value(x_NW).chunk(2, -1))
-    )
-    found_UALE = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-    return layout.unpad(found_UALE.transpose(1, 2).flatten(2))
-
-
 def gbce_power(negatives: int, items: int, calibration: float) -> float:
     """beta of gBCE: ``alpha (t (1 - 1 / alpha) + 1 / alpha)`` with ``alpha = negatives / (items - 1)``.
 
@@ -342,27 +343,12 @@ class _Softmax(torch.autograd.Function):
         items_K: Tensor,
         share_K: Tensor,
     ) -> Tensor:
-        states, own, items = states_KW.float(), own_K.float(), items_SW.float()
-        d_states, d_own, d_items = torch.zeros_like(states), torch.zeros_like(own), torch.zeros_like(items)
-        total = own.new_zeros(())
-        for piece in _pieces(len(states), len(items)):
-            logits = torch.addmm(bias_S, states[piece], items.T)
-            # The item itself is not among the others.
-            if pool_S is None:
-                logits.scatter_(1, items_K[piece, None], -torch.inf)
-            else:
-                logits.masked_fill_(pool_S == items_K[piece, None], -torch.inf)
-            top = torch.maximum(logits.amax(1), own[piece])
-            chance = logits.sub_(top[:, None]).exp_()
-            own_chance = (own[piece] - top).exp_()
-            mass = chance.sum(1) + own_chance
-            total += ((mass.log() + top - own[piece]) * share_K[piece]).sum()
-            rate = share_K[piece] / mass
-            chance.mul_(rate[:, None])
-            torch.mm(chance, items, out=d_states[piece])
-            d_items.addmm_(chance.T, states[piece])
-            d_own[piece] = own_chance * rate - share_K[piece]
-        ctx.save_for_backward(d_states, d_own, d_items)
+        # In full width even in mixed precision: a log of a sum over a catalogue has no digits to give away.
+        with torch.autocast(states_KW.device.type, enabled=False):
+            total, *found = _cross_entropy(
+                states_KW.float(), own_K.float(), items_SW.float(), bias_S.float(), pool_S, items_K, share_K.float()
+            )
+        ctx.save_for_backward(*found)
         ctx.dtypes = states_KW.dtype, own_K.dtype, items_SW.dtype
         return total
 
@@ -373,6 +359,38 @@ class _Softmax(torch.autograd.Function):
             (grad * value).to(dtype) for value, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return d_states, d_own, d_items, None, None, None, None
+
+
+def _cross_entropy(
+    states: Tensor,
+    own: Tensor,
+    items: Tensor,
+    bias_S: Tensor,
+    pool_S: Tensor | None,
+    items_K: Tensor,
+    share_K: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, and its gradients for the states, the own scores and the items."""
+    d_states, d_own, d_items = torch.zeros_like(states), torch.zeros_like(own), torch.zeros_like(items)
+    total = own.new_zeros(())
+    for piece in _pieces(len(states), len(items)):
+        logits = torch.addmm(bias_S, states[piece], items.T)
+        # The item itself is not among the others.
+        if pool_S is None:
+            logits.scatter_(1, items_K[piece, None], -torch.inf)
+        else:
+            logits.masked_fill_(pool_S == items_K[piece, None], -torch.inf)
+        top = torch.maximum(logits.amax(1), own[piece])
+        chance = logits.sub_(top[:, None]).exp_()
+        own_chance = (own[piece] - top).exp_()
+        mass = chance.sum(1) + own_chance
+        total += ((mass.log() + top - own[piece]) * share_K[piece]).sum()
+        rate = share_K[piece] / mass
+        chance.mul_(rate[:, None])
+        torch.mm(chance, items, out=d_states[piece])
+        d_items.addmm_(chance.T, states[piece])
+        d_own[piece] = own_chance * rate - share_K[piece]
+    return total, d_states, d_own, d_items
 
 
 def _pieces(rows: int, wide: int) -> Iterator[slice]:

@@ -102,10 +102,16 @@ class SdimJudge(ContentJudge):
         self.head = mlp([5 * w, config.hidden, config.hidden_2, 1], lambda width: nn.GELU())
 
     def _encode(self, history: HistoryBatch) -> SdimState:
-        rows_NW, weight_N = self.embedding(history.features_ND), history.weight_N.clamp_min(0)
+        rows_NW, weight_N = self._embedded(history.features_ND), history.weight_N.clamp_min(0)
         table = bucket_table(rows_NW, history.offsets, self.planes, values=rows_NW * weight_N[:, None])
         short_USW, weight_US, real_US = self._newest(history, rows_NW)
         return SdimState(table=table, short_USW=short_USW, weight_US=weight_US, real_US=real_US)
+
+    def _embedded(self, features_XD: Tensor) -> Tensor:
+        """In full width even in mixed precision: a signature must be the same in training and in serving."""
+        with torch.autocast(features_XD.device.type, enabled=False):
+            rows_XW: Tensor = self.embedding(features_XD.float())
+        return rows_XW
 
     def _newest(self, history: HistoryBatch, rows_NW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The newest S rows of each user, their weights, and where there is one; the newest stands last."""
@@ -135,7 +141,7 @@ class SdimJudge(ContentJudge):
         more.check(self.width)
         if len(more) != len(state):
             raise DataError(f"the state is of {len(state)} users and the further behaviours of {len(more)}.")
-        rows_NW, weight_N = self.embedding(more.features_ND), more.weight_N.clamp_min(0)
+        rows_NW, weight_N = self._embedded(more.features_ND), more.weight_N.clamp_min(0)
         table = append(state.table, rows_NW, more.offsets, self.planes, values=rows_NW * weight_N[:, None])
         short_USW, weight_US, real_US = self._newest(more, rows_NW)
         real_UX = torch.cat([state.real_US, real_US], dim=1)
@@ -154,7 +160,7 @@ class SdimJudge(ContentJudge):
         step = max(1, _PAIRS // max(1, users * self.config.short))
         if not torch.is_grad_enabled() and step < count:
             return torch.cat([self._score(state, part) for part in candidates_UCD.split(step, dim=1)], dim=1)
-        query_UCW = self.embedding(candidates_UCD)
+        query_UCW = self._embedded(candidates_UCD)
         row_user = torch.arange(users, device=query_UCW.device).repeat_interleave(count)
         long_UCW = lookup(state.table, query_UCW.flatten(0, 1), self.planes, row_user=row_user).view_as(query_UCW)
         short_UCW = self._attended(query_UCW, state.short_USW, state.weight_US, state.real_US)
@@ -190,7 +196,7 @@ class SdimJudge(ContentJudge):
         history.check(self.width)
         real_UT = history.real_UT()
         out_UCT = candidates_UCD.new_zeros(*candidates_UCD.shape[:2], real_UT.shape[1])
-        rows_NW, query_UCW = self.embedding(history.features_ND), self.embedding(candidates_UCD)
+        rows_NW, query_UCW = self._embedded(history.features_ND), self._embedded(candidates_UCD)
         state = self.encode(history)
         whole_UC = self.score(state, candidates_UCD)
         for user in range(len(history)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ from ..worlds import din as world
 from ..worlds.base import planted_log
 
 ITEMS = 12
-FORMS = ["din_code", "din_paper"]
+Form = Literal["din_code", "din_paper"]
+FORMS: list[Form] = ["din_code", "din_paper"]
 
 
 def made(config: DinConfig, *, ids: int = 4) -> DinJudge:
@@ -59,12 +61,13 @@ def test_dice_is_the_identity_at_alpha_one_and_half_at_the_mean() -> None:
         mean = x.mean(0, keepdim=True)
         at_mean = dice(torch.cat([x, 2 * mean - x, mean]))[-1:]  # a batch whose mean is that row
         torch.testing.assert_close(at_mean, mean / 2, rtol=1e-4, atol=1e-4)
+    assert dice.norm.running_mean is not None
     seen = dice.norm.running_mean.clone()
     dice.eval()(x)
     assert torch.equal(dice.norm.running_mean, seen), "what is judged is not learned from"
 
 
-@pytest.mark.parametrize("config", [DinConfig(form=form, ages=True) for form in FORMS] + [DinConfig(mean_pool=True)])  # type: ignore[arg-type]
+@pytest.mark.parametrize("config", [DinConfig(form=form, ages=True) for form in FORMS] + [DinConfig(mean_pool=True)])
 def test_the_order_of_a_history_does_not_matter(config: DinConfig) -> None:
     judge = made(config)
     history, order = lived(judge, [1, 2, 3, 4]), torch.tensor([2, 0, 3, 1])
@@ -74,16 +77,16 @@ def test_the_order_of_a_history_does_not_matter(config: DinConfig) -> None:
 
 
 def test_doubling_a_history_doubles_what_the_paper_finds_and_not_what_the_code_finds() -> None:
-    paper, code = (made(DinConfig(form=form)) for form in FORMS[::-1])  # type: ignore[arg-type]
+    paper, code = (made(DinConfig(form=form)) for form in FORMS[::-1])
     torch.testing.assert_close(found(paper, [1, 2, 1, 2]), 2 * found(paper, [1, 2]))
     torch.testing.assert_close(found(code, [1, 2, 1, 2]), found(code, [1, 2]))
     assert float(found(code, [1, 2]).detach().abs().max()) > 0.1
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_what_is_found_depends_on_who_asks_and_mean_pooling_does_not(form: str) -> None:
+def test_what_is_found_depends_on_who_asks_and_mean_pooling_does_not(form: Form) -> None:
     """Each is the sum over its history with the weights that ``weights`` tells."""
-    judge = made(DinConfig(form=form))  # type: ignore[arg-type]
+    judge = made(DinConfig(form=form))
     history = lived(judge, [1, 2, 3], [5])
     query = judge.embedding(judge.embed_items()[:4]).expand(2, -1, -1)
     state = judge.encode(history)
@@ -145,7 +148,7 @@ def test_mini_batch_aware_l2_leaves_unseen_rows_exactly_as_they_are() -> None:
 
 @pytest.mark.parametrize(
     "config", [*(DinConfig(form=form, activation="prelu") for form in FORMS), DinConfig(mean_pool=True)]
-)  # type: ignore[arg-type]
+)
 def test_explain_is_leaving_out(config: DinConfig) -> None:
     judge = made(config)
     weight = torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0])
@@ -174,7 +177,7 @@ def test_wrong_settings_are_named(wrong: dict[str, object]) -> None:
 def test_it_reads_and_names_the_behaviours_of_the_candidate_s_category(tmp_path: Path) -> None:
     habits = world.habits(0, users=200, length=26, faithful=1.0)
     log = planted_log(tmp_path, habits.taken, world.ITEMS)
-    config = replace(world.settings(0, history=24, steps=200, batch=64), model="din")
+    config = replace(world.settings(0, history=24, steps=150, batch=48), model="din", eval_every=150)
     judge = fit_log(log, world.content(), config).judge
     items_ID = judge.embed_items()
     # One behaviour a category, each of its own flavour, and another item of each of those cells to be judged.

@@ -170,7 +170,7 @@ def test_wrong_settings_are_named(wrong: dict[str, int]) -> None:
 def test_a_long_history_is_read_and_its_reasons_named(tmp_path: Path) -> None:
     habits = habits_world.habits(0, users=120, length=62, faithful=1.0)
     log = planted_log(tmp_path, habits.taken, habits_world.ITEMS)
-    config = replace(habits_world.settings(0, history=60, steps=150, batch=48), model="sdim")
+    config = replace(habits_world.settings(0, history=60, steps=120, batch=32), model="sdim", eval_every=120)
     judge = fit_log(log, habits_world.content(), config).judge
     items_ID, each = judge.embed_items(), habits_world.EACH
     cells = torch.tensor([0, 5, 10, 15])  # one behaviour in each of four categories, each of another flavour
