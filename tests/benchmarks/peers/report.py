@@ -145,24 +145,29 @@ def write(rows: list[Row], ratios: dict[str, Any], about: dict[str, Any], folder
     folder.mkdir(parents=True, exist_ok=True)
     stem = "judges-quick" if about["quick"] else "judges"
     text, picture = folder / f"{stem}.md", folder / f"{stem}.png"
-    text.write_text(tables(rows, ratios, about) + f"\n![{stem}]({picture.name})\n", encoding="utf-8")
     _plot(rows, about, picture)
-    return [text, picture]
+    shown = f"\n![{stem}]({picture.name})\n" if picture.is_file() else ""
+    text.write_text(tables(rows, ratios, about) + shown, encoding="utf-8")
+    return [path for path in (text, picture) if path.is_file()]
 
 
 def _plot(rows: list[Row], about: dict[str, Any], path: Path) -> None:
-    """One panel a form: each model's main figure with its interval, ours in another colour."""
+    """One panel a form with something to compare: each model's main figure and interval, ours in another colour."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    forms = by_form(rows)
-    tall = max(len(found) for found in forms.values())
-    figure, axes = pyplot.subplots(
-        1, len(forms), figsize=(4.2 * len(forms), 1.6 + 0.28 * tall), squeeze=False, layout="constrained"
-    )
-    for axis, (form, found) in zip(axes[0], forms.items(), strict=True):
+    forms = {form: found for form, found in by_form(rows).items() if len(found) > 1}
+    if not forms:
+        return
+    tall, wide = max(len(found) for found in forms.values()), min(3, len(forms))
+    lines = -(-len(forms) // wide)
+    size = (4.2 * wide, lines * (1.4 + 0.26 * tall))
+    figure, axes = pyplot.subplots(lines, wide, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(forms) :]:
+        axis.axis("off")
+    for axis, (form, found) in zip(axes.flat[: len(forms)], forms.items(), strict=True):
         found = found[::-1]
         name = _aim(found[0])
         values = [evaluator.intervals(row.metrics)[name] for row in found]

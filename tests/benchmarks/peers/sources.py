@@ -84,7 +84,7 @@ def movielens_folder(cache: Path) -> Path:
 def _movielens(cache: Path) -> Source:
     """Every rating is a behaviour, whatever its stars.
 
-    Half of the ratings share their second with another of the same person. They stay in the file's order, which is
+    Three quarters of the ratings share their second with another of the same person. They stay in the file's order, which is
     shuffled; sorting them by item id would plant a pattern that only sequence models can see.
     """
     raw = adapter_movielens.load(Config(folder=str(movielens_folder(cache))))
