@@ -106,7 +106,7 @@ class DmfJudge(ContentJudge):
     def score_all(self, state: DmfState, items_ID: Tensor) -> Tensor:
         """Logits ``[U, I]``; an item is projected once for all users, and some users are scored at a time."""
         query_IE, looks_IP = self.query(items_ID), self.looks(items_ID)
-        step = max(1, _MOST // (len(state) * (4 * self.config.hidden + state.amount_UT.shape[1])))
+        step = max(1, _MOST // (max(1, len(state)) * (4 * self.config.hidden + state.amount_UT.shape[1])))
         parts = [
             self._match(state, query.expand(len(state), -1, -1), looks.expand(len(state), -1, -1))
             for query, looks in zip(query_IE.split(step), looks_IP.split(step), strict=True)

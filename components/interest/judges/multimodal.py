@@ -181,7 +181,7 @@ class MultimodalJudge(ContentJudge):
     def score_all(self, state: MultimodalState, items_ID: Tensor) -> Tensor:
         """Logits ``[U, I]``; an item is fused once for all users, and some items are scored at a time."""
         items_IE = self.fused(items_ID)[0]
-        step = max(1, _MOST // (len(state) * self.config.hidden))
+        step = max(1, _MOST // (self.config.hidden * max(1, len(state))))
         parts = [self._logit(state.user_UE[:, None], part[None]) for part in items_IE.split(step)]
         return torch.cat(parts, dim=1) if parts else items_ID.new_zeros(len(state), 0)
 

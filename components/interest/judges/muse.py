@@ -147,7 +147,7 @@ class MuseJudge(ContentJudge):
 
     def score_all(self, state: MuseState, items_ID: Tensor) -> Tensor:
         """Logits ``[U, I]`` of the same candidates for every user, some of them at a time."""
-        step = max(1, _MOST // (len(state) * 256))
+        step = max(1, _MOST // (256 * max(1, len(state))))
         parts = [self._score(state, part.expand(len(state), -1, -1)) for part in items_ID.split(step)]
         return torch.cat(parts, dim=1) if parts else items_ID.new_zeros(len(state), 0)
 

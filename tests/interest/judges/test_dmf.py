@@ -157,6 +157,11 @@ def test_all_candidates_at_once_score_as_one_by_one() -> None:
     torch.testing.assert_close(
         judge.score_all(state, items_ID), judge.score(state, items_ID.expand(3, -1, -1)), rtol=1e-4, atol=1e-5
     )
+    nobody = judge.encode(HistoryBatch.empty(users=0, width=judge.width))
+    assert judge.score_all(nobody, items_ID).shape == (0, ITEMS) and judge.score_all(state, items_ID[:0]).shape == (
+        3,
+        0,
+    )
 
 
 def test_explain_points_at_the_planted_reason(stage_of: StageOf, world: World) -> None:
