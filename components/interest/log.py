@@ -26,8 +26,8 @@ LOG, FACTS = "log.parquet", "log.json"
 _SCHEMA = pa.schema(
     [("user", pa.int32()), ("item", pa.int32()), ("time_s", pa.int64()), ("kind", pa.int8()), ("value", pa.float32())]
 )
-_MOST_SHARDS = 1024
-_READ_ROWS = 1 << 18
+_MOST_SHARDS = 512  # each is a file that is open while a log is written
+_READ_ROWS = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +144,7 @@ def write_log(events: Path, item_ids: Sequence[str], folder: Path, *, rows_per_s
 def _partition(events: Path, users: pl.DataFrame, items: pl.DataFrame, kinds: list[str], parts: Path) -> None:
     """Every event into the file of its user's shard, in the order it stands."""
     kind_of = pl.DataFrame({"kind": kinds, "code": np.arange(len(kinds), dtype=np.int8)})
-    writers: dict[int, parquet.ParquetWriter] = {}
+    writers: dict[int, pa.RecordBatchStreamWriter] = {}
     try:
         for rows in _batches(events):
             frame = rows.join(users.select("user_id", "user", "shard"), on="user_id", maintain_order="left")
@@ -161,7 +161,8 @@ def _partition(events: Path, users: pl.DataFrame, items: pl.DataFrame, kinds: li
             for (shard,), part in frame.partition_by("shard", as_dict=True, include_key=False).items():
                 number = int(shard)
                 if number not in writers:
-                    writers[number] = parquet.ParquetWriter(parts / f"{number}.parquet", _SCHEMA)
+                    # Not Parquet: hundreds of its writers open at a time hold a megabyte each.
+                    writers[number] = pa.ipc.new_stream(parts / f"{number}.arrows", _SCHEMA)
                 writers[number].write_table(part.to_arrow().cast(_SCHEMA))
     finally:
         for writer in writers.values():
@@ -180,5 +181,5 @@ def _join(parts: Path, shards: int, out: Path) -> None:
     """Each shard sorted by user and time, as a row group of one file."""
     with written_beside(out) as beside, parquet.ParquetWriter(beside, _SCHEMA, compression="zstd") as writer:
         for number in range(shards):
-            frame = pl.read_parquet(parts / f"{number}.parquet").sort("user", "time_s", maintain_order=True)
+            frame = pl.read_ipc_stream(parts / f"{number}.arrows").sort("user", "time_s", maintain_order=True)
             writer.write_table(frame.to_arrow().cast(_SCHEMA), row_group_size=max(1, frame.height))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import subprocess
 import sys
 import tempfile
@@ -70,7 +69,7 @@ def drawn(folder: Path, size: int, *, items: int = 1_500, each: int = 600) -> No
 
 
 def phase(name: str, folder: Path, model: str) -> dict[str, Any]:
-    """``write`` or ``fit``, in this process: CPU seconds and the process's peak memory."""
+    """``write``, ``fit`` or ``start`` (a fit of one step), in this process: CPU seconds and peak memory."""
     began = time.process_time()
     facts: dict[str, Any]
     if name == "write":
@@ -78,14 +77,20 @@ def phase(name: str, folder: Path, model: str) -> dict[str, Any]:
         log = write_log(folder / EVENTS_FILE, items, folder / "log", rows_per_shard=SHARD_ROWS)
         facts = {"events": log.events, "users": log.users, "shards": log.shards}
     else:
-        facts = _fit(Log(folder / "log"), model)
+        facts = _fit(Log(folder / "log"), model, most=1 if name == "start" else 10**9)
         began += facts.pop("preparing_s")
     spent = time.process_time() - began
-    return {**facts, "cpu_s": spent, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return {**facts, "cpu_s": spent, "peak_mb": peak_mb()}
 
 
-def _fit(log: Log, model: str) -> dict[str, Any]:
-    """One epoch. Counting how many steps that is, and loading, is no part of a fit and is not timed."""
+def peak_mb() -> float:
+    """Largest resident memory of this process. Not ``ru_maxrss``: a child begins with its parent's."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return float(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
+
+
+def _fit(log: Log, model: str, *, most: int) -> dict[str, Any]:
+    """One epoch, or ``most`` steps. Counting how many those are is no part of a fit and is not timed."""
     began = time.process_time()
     config = LogFitConfig(
         model=model,
@@ -104,36 +109,44 @@ def _fit(log: Log, model: str) -> dict[str, Any]:
         for index in range(log.shards)
     )
     vectors = torch.randn(log.items, 32, generator=torch.Generator().manual_seed(SEED))
-    steps = max(1, examples // config.batch)
+    steps = min(most, max(1, examples // config.batch))
     preparing = time.process_time() - began
     settings = {**vars(config), "steps": steps, "checkpoint_every": 10**9}
-    fitted = fit_log(log, Content.of_vectors(vectors), LogFitConfig(**settings))
-    return {"examples": examples, "steps": steps, "fit_wall_s": fitted.fit_s, "preparing_s": preparing}
+    fit_log(log, Content.of_vectors(vectors), LogFitConfig(**settings))
+    return {"examples": examples, "steps": steps, "preparing_s": preparing}
 
 
-def measured(data: Path | None, model: str, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
-    """A row a size."""
-    rows = []
+def measured(data: Path | None, model: str, sizes: tuple[int, ...]) -> tuple[float, list[dict[str, Any]]]:
+    """CPU seconds that a fit of one step takes (starting up), and a row a size."""
+    rows: list[dict[str, Any]] = []
+    start = 0.0
     for size in sizes:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
             of_households(data, folder, size) if data else drawn(folder, size)
             row: dict[str, Any] = {}
             for name in ("write", "fit"):
-                command = [sys.executable, __file__, "--phase", name, "--folder", str(folder), "--judge", model]
-                done = subprocess.run(command, check=True, capture_output=True, text=True)
-                for key, value in json.loads(done.stdout.splitlines()[-1]).items():
+                for key, value in _run(name, folder, model).items():
                     row[f"{name}_{key}" if key in ("cpu_s", "peak_mb") else key] = value
             rows.append(row)
             sys.stderr.write(f"{json.dumps(row)}\n")
-    return rows
+            start = start or _run("start", folder, model)["cpu_s"]
+    return start, rows
 
 
-def per_doubling(rows: list[dict[str, Any]], figure: str) -> list[float]:
+def _run(name: str, folder: Path, model: str) -> dict[str, Any]:
+    """A phase in a process of its own."""
+    command = [sys.executable, __file__, "--phase", name, "--folder", str(folder), "--judge", model]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return facts
+
+
+def per_doubling(rows: list[dict[str, Any]], figure: str, *, less: float = 0.0) -> list[float]:
     """``2 ** (log of the ratio of figures / log of the ratio of events)`` between neighbours, then from end to end."""
     pairs = [*zip(rows[:-1], rows[1:], strict=True), (rows[0], rows[-1])]
     return [
-        2 ** (math.log(after[figure] / before[figure]) / math.log(after["events"] / before["events"]))
+        2 ** (math.log((after[figure] - less) / (before[figure] - less)) / math.log(after["events"] / before["events"]))
         for before, after in pairs
     ]
 
@@ -149,7 +162,8 @@ def report(result: dict[str, Any], folder: Path) -> None:
         "",
         f"{result['source']}; judge `{result['judge']}`, one epoch, batch 64, history 50, one thread. "
         f"{result['date']}, {result['machine']}, commit {result['commit'][:12]}. CPU seconds and peak memory of a "
-        f"process of its own (the imports alone: {result['idle_mb']:.0f} MB).",
+        f"process of its own (the imports alone: {result['idle_mb']:.0f} MB). Ratios are of the fit less the "
+        f"{result['start_cpu_s']:.2f} s that a fit of one step takes to start up.",
         "",
         "| events | write the log, s | peak, MB | fit, s | per doubling | peak, MB |",
         "|---:|---:|---:|---:|---:|---:|",
@@ -189,16 +203,16 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--json", action="store_true", help="the result as one JSON object in the last line")
-    parser.add_argument("--phase", choices=["write", "fit"], help=argparse.SUPPRESS)
+    parser.add_argument("--phase", choices=["write", "fit", "start"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    idle = peak_mb()
     if given.phase:
         torch.set_num_threads(1)
         sys.stdout.write(json.dumps(phase(given.phase, given.folder, given.judge)) + "\n")
         return
     data = None if given.drawn else given.data
-    rows = measured(data, given.judge, tuple(given.sizes))
+    start, rows = measured(data, given.judge, tuple(given.sizes))
     facts = device_facts()
     result = {
         "source": "a drawn log" if given.drawn else "The Complete Journey, whole households",
@@ -207,8 +221,9 @@ def main() -> None:
         "machine": f"{facts['machine']}, {facts['cores']} cores, torch {facts['torch']}",
         "commit": code_commit(Path(__file__).resolve().parents[2]),
         "idle_mb": idle,
+        "start_cpu_s": start,
         "rows": rows,
-        "fit_per_doubling": per_doubling(rows, "fit_cpu_s"),
+        "fit_per_doubling": per_doubling(rows, "fit_cpu_s", less=start),
         "write_per_doubling": per_doubling(rows, "write_cpu_s"),
     }
     report(result, given.out)
