@@ -84,8 +84,8 @@ def movielens_folder(cache: Path) -> Path:
 def _movielens(cache: Path) -> Source:
     """Every rating is a behaviour, whatever its stars.
 
-    Three quarters of the ratings share their second with another of the same person. They stay in the file's order, which is
-    shuffled; sorting them by item id would plant a pattern that only sequence models can see.
+    Three quarters of the ratings share their second with another of the same person. They stay in the file's order,
+    which is shuffled; sorting them by item id would plant a pattern that only sequence models can see.
     """
     raw = adapter_movielens.load(Config(folder=str(movielens_folder(cache))))
     # The adapter sorts ties by item id, so the order of the file is read again.
