@@ -201,7 +201,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[world.World, HcnJ
     """A hierarchy after its fit in the planted world of topics, shortened."""
     planted = world.plant(0)
     log = planted_log(tmp_path_factory.mktemp("topics"), planted.taken_UT.tolist(), len(planted.vectors_IP))
-    return planted, world.fitted(planted, log, world.HIERARCHY, seed=0, steps=80)
+    return planted, world.fitted(planted, log, world.HIERARCHY, seed=0, steps=80, rates=[1e-2])
 
 
 def test_explain_names_what_is_of_the_candidates_topic(planted: tuple[world.World, HcnJudge]) -> None:

@@ -141,7 +141,7 @@ def test_another_measure_of_time_is_refused() -> None:
 @pytest.fixture(scope="module")
 def learned() -> ContentJudge:
     """TIN after its fit in the planted world of ten kinds, shortened."""
-    return world.fitted("tin", seed=0, steps=200)
+    return world.fitted("tin", seed=0, steps=200, rates=[1e-2])
 
 
 def test_explain_names_the_newest_behaviour_of_the_kind(learned: ContentJudge) -> None:

@@ -10,6 +10,7 @@ Letters: U people, T behaviours of each, I items, P content width, E width of it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,10 +58,12 @@ def plant(seed: int) -> World:
     return World(vectors_IP=torch.from_numpy(vectors_IP).float(), taken_UT=taken_UT, likes_U3=likes_U3)
 
 
-def fitted(world: World, log: Log, config: HcnConfig, *, seed: int, steps: int = STEPS) -> HcnJudge:
+def fitted(
+    world: World, log: Log, config: HcnConfig, *, seed: int, steps: int = STEPS, rates: Sequence[float] = RATES
+) -> HcnJudge:
     """A judge at the best of the learning rates on validation."""
     fits = []
-    for rate in RATES:
+    for rate in rates:
         settings = LogFitConfig(
             seed=seed,
             model="hcn",

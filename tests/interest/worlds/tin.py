@@ -10,6 +10,7 @@ Letters: X histories, M behaviours of each (the newest first), K kinds, N kinds 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -120,13 +121,19 @@ def aucs(shown: Shown, judge: ContentJudge | None) -> np.ndarray:
 
 
 def fitted(
-    name: str, *, seed: int, kinds: int = KINDS, settings: JudgeSettings = SETTINGS, steps: int = STEPS
+    name: str,
+    *,
+    seed: int,
+    kinds: int = KINDS,
+    settings: JudgeSettings = SETTINGS,
+    steps: int = STEPS,
+    rates: Sequence[float] = RATES,
 ) -> ContentJudge:
     """A judge at the best of the learning rates on validation."""
     learned = show(seeded_numpy(seed, "learn"), LEARNED, kinds)
     valid = show(seeded_numpy(seed, "valid"), VALID, kinds)
     content, loops = Content.of_vectors(torch.eye(kinds)), []
-    for rate in RATES:
+    for rate in rates:
         with global_seed(seed, "world", "model"):
             judge = make_judge(name, settings.settings_of(name), FeatureConfig(words=0), content)
         config = LoopConfig(seed=seed, steps=steps, learning_rate=rate, eval_every=max(1, steps // 4))
