@@ -27,6 +27,7 @@ from couturier.components.interest.judges.hypercuboid import HypercuboidConfig, 
 from couturier.components.interest.judges.mqsa_ted import MqsaTedConfig, MqsaTedJudge
 from couturier.components.interest.judges.multimodal import MultimodalConfig, MultimodalJudge
 from couturier.components.interest.judges.muse import MuseConfig, MuseJudge
+from couturier.components.interest.judges.profile import ProfileConfig, ProfileJudge
 from couturier.components.interest.judges.sasrec import SasrecConfig, SasrecJudge
 from couturier.components.interest.judges.sdim import SdimConfig, SdimJudge
 from couturier.components.interest.judges.tin import TinConfig, TinJudge
@@ -39,6 +40,7 @@ class JudgeSettings:
 
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     sasrec: SasrecConfig = field(default_factory=SasrecConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     mqsa_ted: MqsaTedConfig = field(default_factory=MqsaTedConfig)
     dmf: DmfConfig = field(default_factory=DmfConfig)
     multimodal: MultimodalConfig = field(default_factory=MultimodalConfig)
@@ -67,6 +69,7 @@ JUDGES: dict[str, type[ContentJudge]] = {
     for judge in (
         AttentionJudge,
         SasrecJudge,
+        ProfileJudge,
         MqsaTedJudge,
         DmfJudge,
         MultimodalJudge,

@@ -47,7 +47,7 @@ QUICK = Config(
 
 # Judges that learn this world more slowly than the others, and what they need.
 PACE: dict[str, dict[str, Any]] = {"din": {"learning_rate": 1e-2}, "sasrec": {"steps": 400}}
-PACE["profile"] = {"steps": 400, "learning_rate": 8e-3}
+PACE["profile"] = {"steps": 400}
 
 
 @dataclass(frozen=True, kw_only=True)
