@@ -24,10 +24,10 @@ JSON = "--json"
 SURFACE = {
     "": {"--debug", "--version"},
     "doctor": {JSON},
+    "compare": {"--judges", "--recipe", "--set", "--json"},
     "ingest": {
         "--adapter", "--events", "--items", "--users", "--pictures", "--folder", "--picture-size", "--max-users",
-        "--set", JSON,
-    },
+        "--set", JSON, "--feedback"},
     "validate": {"--recipe", "--set", JSON},
     "retrain": {"--recipe", "--set", "--who", JSON},
     "runs": {"--limit", JSON},
