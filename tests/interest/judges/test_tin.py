@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from couturier.components.errors import ConfigError
 from couturier.components.interest.base import ContentJudge
 from couturier.components.interest.items import Content, FeatureConfig
 from couturier.components.interest.judges.tin import TinConfig, TinJudge
+from couturier.components.interest.recency import Time
 from couturier.components.interest.types import HistoryBatch, TrainBatch
 from couturier.components.runtime import global_seed
 
@@ -50,8 +52,8 @@ def scored(judge: ContentJudge, history: HistoryBatch) -> torch.Tensor:
         return judge.score(judge.encode(history), judge.embed_items().expand(len(history), -1, -1))
 
 
-@pytest.mark.parametrize("time", ["position", "interval"])
-def test_the_order_of_a_history_matters_only_with_time(time: str) -> None:
+@pytest.mark.parametrize("time", get_args(Time))
+def test_the_order_of_a_history_matters_only_with_time(time: Time) -> None:
     with_time = made(replace(SMALL, time=time))
     one, other = lived(with_time, [0, 1, 2, 3]), lived(with_time, [3, 2, 1, 0])
     assert (scored(with_time, one) - scored(with_time, other)).abs().max() > 1e-2
@@ -186,7 +188,7 @@ def test_every_part_is_needed(part: str) -> None:
     shown = world.proof(0, world.MANY_KINDS)
     whole, less = (
         world.aucs(shown, world.fitted("tin", seed=0, kinds=world.MANY_KINDS, settings=settings))
-        for settings in (world.SETTINGS, world.without(**{part: False}))
+        for settings in (world.SETTINGS, world.without(part))
     )
     _, low, _ = Comparison(claim="", ours="", other="", figure="", ours_U=whole, other_U=less).difference()
     assert low > 0.005
@@ -194,7 +196,7 @@ def test_every_part_is_needed(part: str) -> None:
 
 @pytest.mark.slow
 def test_without_time_the_learned_correlation_is_not_the_measured_one() -> None:
-    still = world.fitted("tin", seed=0, settings=world.without(use_time=False))
+    still = world.fitted("tin", seed=0, settings=world.without("use_time"))
     assert isinstance(still, TinJudge)
     found = still.correlation(torch.eye(world.KINDS), world.MEMORY).numpy()
     assert rank_correlation(found, world.measured(0)) < 0.5

@@ -156,9 +156,14 @@ def measured(seed: int, samples: int = 200_000) -> np.ndarray:
     return measured_correlation(target, label, np.concatenate([shown.history_XM] * 2), categories=KINDS)
 
 
-def without(**parts: bool) -> JudgeSettings:
-    """The settings with a TIN that lacks some of its parts."""
-    return replace(SETTINGS, tin=replace(SETTINGS.tin, **parts))
+def without(part: str) -> JudgeSettings:
+    """The settings with a TIN that lacks a part: ``use_time``, ``use_attention`` or ``use_product``."""
+    lacking = {
+        "use_time": replace(SETTINGS.tin, use_time=False),
+        "use_attention": replace(SETTINGS.tin, use_attention=False),
+        "use_product": replace(SETTINGS.tin, use_product=False),
+    }
+    return replace(SETTINGS, tin=lacking[part])
 
 
 def compare(seed: int, folder: Path) -> Comparison:
