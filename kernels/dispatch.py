@@ -14,20 +14,24 @@ Nothing here imports triton until a triton implementation is really chosen.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Literal, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
+import torch
 from torch import Tensor
 
 from couturier.kernels.checks import BackendError
 
 Backend = Literal["reference", "torch", "triton"]
 Wish = Literal["auto", "reference", "torch", "triton"]
+
+_Backward = TypeVar("_Backward", bound=Callable[..., Any])
 
 VARIABLE = "COUTURIER_KERNELS"
 
@@ -99,6 +103,25 @@ def choose(op: str, tensor: Tensor, *, uncovered: str | None = None) -> Backend:
 def implementation(op: str, tensor: Tensor, *, uncovered: str | None = None) -> ModuleType:
     """The module that :func:`choose` names, imported now if it was not yet."""
     return importlib.import_module(OPS[op][choose(op, tensor, uncovered=uncovered)])
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype that autocast wants products in where ``tensor`` lives; None when autocast is off there."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def outside_autocast(backward: _Backward) -> _Backward:
+    """Run the backward of an ``autograd.Function`` with autocast off: it computes in the dtypes its forward kept, also
+    when somebody calls ``backward()`` inside the block."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        kind = next((grad.device.type for grad in grads if grad is not None), "cpu")
+        with torch.autocast(kind, enabled=False):
+            return backward(ctx, *grads)
+
+    return cast(_Backward, run)
 
 
 def triton_is_installed() -> bool:

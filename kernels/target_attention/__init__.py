@@ -86,6 +86,7 @@ def mlp_attention(
 
     Returns:
         ``[R, E]`` (``[U, C, E]`` for dense queries); zeros for an empty list. Differentiable (once) in every tensor.
+        Under autocast all tensors take its dtype first, as in a matrix product.
 
     Raises:
         KernelError: shapes, offsets or settings that do not fit together.
@@ -99,14 +100,18 @@ def mlp_attention(
         >>> pooled.shape, [round(one, 3) for one in weights.tolist()]
         (torch.Size([2, 4]), [0.518, 0.482, 1.0])
     """
+    if (dtype := dispatch.autocast_dtype(keys)) is not None:
+        queries, keys, values = queries.to(dtype), keys.to(dtype), _to(values, dtype)
+        layers = [(weight.to(dtype), _to(bias, dtype)) for weight, bias in layers]
     queries_RH, row_user, values, lead = _checked(queries, keys, offsets, row_user, values)
     _check_layers(layers, queries_RH, activations)
     if pooling not in ("din_code", "din_paper"):
         raise KernelError(f"pooling is {pooling!r}; wanted 'din_code' (softmax) or 'din_paper' (raw scores)")
     run = dispatch.implementation("target_attention", keys, uncovered=_uncovered_mlp(layers, activations, keys, values))
-    pooled_RE, weights_P = run.mlp(
-        queries_RH, keys, offsets, row_user, values, layers, activations, pooling == "din_code", return_weights
-    )
+    with torch.autocast(keys.device.type, enabled=False):
+        pooled_RE, weights_P = run.mlp(
+            queries_RH, keys, offsets, row_user, values, layers, activations, pooling == "din_code", return_weights
+        )
     pooled = cast(Tensor, pooled_RE).view(*lead, values.shape[1])
     return (pooled, weights_P) if return_weights else pooled
 
@@ -167,6 +172,7 @@ def dot_attention(
 
     Returns:
         ``[R, E]`` (``[U, C, E]`` for dense queries); zeros for an empty list. Differentiable (once) in every tensor.
+        Under autocast all tensors take its dtype first, as in a matrix product.
 
     Raises:
         KernelError: shapes, offsets or settings that do not fit together.
@@ -180,6 +186,9 @@ def dot_attention(
                 [0.0000e+00, 0.0000e+00],
                 [0.0000e+00, 1.0000e+00]])
     """
+    if (dtype := dispatch.autocast_dtype(keys)) is not None:
+        queries, keys, values = queries.to(dtype), keys.to(dtype), _to(values, dtype)
+        behaviour_bias, pair_bias = _to(behaviour_bias, dtype), _to(pair_bias, dtype)
     queries_RH, row_user, values, lead = _checked(queries, keys, offsets, row_user, values)
     check_floats(queries=queries, behaviour_bias=behaviour_bias, pair_bias=pair_bias)
     if behaviour_bias is not None:
@@ -188,11 +197,16 @@ def dot_attention(
         check_axes({"P": int(offsets.diff()[row_user].sum())}, pair_bias=(pair_bias, "P"))
     scale = queries.shape[-1] ** -0.5 if scale is None else scale
     run = dispatch.implementation("target_attention", keys, uncovered=_uncovered_dot(keys, values))
-    pooled_RE, weights_P = run.dot(
-        queries_RH, keys, offsets, row_user, values, behaviour_bias, pair_bias, scale, return_weights
-    )
+    with torch.autocast(keys.device.type, enabled=False):
+        pooled_RE, weights_P = run.dot(
+            queries_RH, keys, offsets, row_user, values, behaviour_bias, pair_bias, scale, return_weights
+        )
     pooled = cast(Tensor, pooled_RE).view(*lead, values.shape[1])
     return (pooled, weights_P) if return_weights else pooled
+
+
+def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
 
 
 def _checked(

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from couturier.kernels import dispatch
 from couturier.kernels.jagged import Block, blocks, pair_offsets, pairs
 
 # Pairs in one piece of the scorer: its activations (about 1 MB at H = 128) then stay in a core's cache, also when two
@@ -136,6 +137,7 @@ class _Network(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @dispatch.outside_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         queries_RH, keys_NH, from_query_RF, from_key_NF, first, row_P, behaviour_P, *rest = ctx.saved_tensors
         d_q, d_k, d_fq, d_first = (torch.zeros_like(one) for one in (queries_RH, keys_NH, from_query_RF, first))
@@ -257,6 +259,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @dispatch.outside_autocast
     def backward(ctx: Any, grad_RE: Tensor | None, grad_P: Tensor | None) -> tuple[Tensor | None, ...]:
         queries_RH, keys_NH, values_NE, *kept = ctx.saved_tensors
         want_q, want_k, want_v, want_b, want_p, *_ = ctx.needs_input_grad

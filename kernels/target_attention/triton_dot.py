@@ -320,6 +320,7 @@ class DotAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @dispatch.outside_autocast
     def backward(ctx: Any, g: Tensor | None, g_weight: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, score, lse, offsets, row_of, row_first, starts = ctx.saved_tensors
         g = torch.zeros_like(out, dtype=q.dtype) if g is None else g.contiguous()

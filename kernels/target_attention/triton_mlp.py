@@ -359,6 +359,7 @@ class MlpAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @dispatch.outside_autocast
     def backward(ctx: Any, g: Tensor | None, g_weight: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, *parts, b3, out, score, lse, offsets, row_user, starts = ctx.saved_tensors
         fq, fk, wp, w2, b2, w3 = parts

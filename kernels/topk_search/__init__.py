@@ -71,7 +71,9 @@ def topk_search(
         raise KernelError(f"similarity is {similarity!r}; wanted 'cosine' or 'dot'")
     queries_RH, row_user, lead = rows_of(queries, row_user, {"U": users, "H": sizes["H"]})
     run = dispatch.implementation("topk_search", keys, uncovered=_uncovered(keys, k))
-    index_Rk, score_Rk = run.search(queries_RH, keys, offsets, row_user, k, similarity == "cosine", bias)
+    # Autocast would round scores, and make ties of what is none.
+    with torch.autocast(keys.device.type, enabled=False):
+        index_Rk, score_Rk = run.search(queries_RH, keys, offsets, row_user, k, similarity == "cosine", bias)
     return cast(Tensor, index_Rk).view(*lead, k), cast(Tensor, score_Rk).view(*lead, k)
 
 

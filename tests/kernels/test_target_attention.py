@@ -216,6 +216,23 @@ def test_sixteen_bits_in_sixteen_bits_out() -> None:
     assert dot_attention(q, k, lists.offsets).dtype == torch.bfloat16
 
 
+def test_autocast_takes_its_dtype_and_gives_gradients_in_theirs() -> None:
+    lists = Lists(lengths=LENGTHS, dtype=torch.float32)
+    q, k, _ = lists.tensors(1)
+    layers = lists.layers(7, 5)
+    exact = [mlp_attention(q, k, lists.offsets, layers), dot_attention(q, k, lists.offsets)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        # As under autocast: what a layer gave is narrow, what was looked up is not.
+        narrow = [mlp_attention(q.bfloat16(), k, lists.offsets, layers), dot_attention(q.bfloat16(), k, lists.offsets)]
+    for one, two in zip(narrow, exact, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert error(one, two) < 3e-2
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            (g,) = torch.autograd.grad(one.float().sum(), k)
+        assert g.dtype == torch.float32
+        assert error(g, torch.autograd.grad(two.sum(), k)[0]) < 3e-2
+
+
 # Invariances.
 
 

@@ -139,6 +139,15 @@ def test_attention_over_what_was_found_is_attention_over_all_when_all_is_found()
     assert keys.grad is not None and bool(keys.grad.any())
 
 
+def test_autocast_changes_nothing() -> None:
+    lists = Lists(lengths=(40, 9), dtype=torch.float32)
+    q, keys, _ = lists.tensors(1)
+    exact = topk_search(q, keys, lists.offsets, 12)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = topk_search(q, keys, lists.offsets, 12)
+    assert torch.equal(found[0], exact[0]) and torch.equal(found[1], exact[1])
+
+
 def test_no_gradient_flows() -> None:
     lists = Lists(lengths=(4,))
     q, keys, _ = lists.tensors(1)
