@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from couturier.components.errors import ConfigError
 from couturier.components.interest.base import ContentJudge
 from couturier.components.interest.items import Content, FeatureConfig
-from couturier.components.interest.judges.sasrec import SasrecConfig, SasrecJudge
+from couturier.components.interest.judges.sasrec import SasrecConfig, SasrecJudge, SasrecState
 from couturier.components.interest.layers import centre_inputs
 from couturier.components.interest.types import HistoryBatch
 from couturier.kernels.linear_attention import linear_attention
@@ -49,14 +49,10 @@ class ProfileConfig(SasrecConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Profile:
+class Profile(SasrecState):
     """All that is kept of users: the memory and the newest state; as large for ten behaviours as for ten thousand."""
 
     memory_UHEE: Tensor
-    state_UW: Tensor
-
-    def __len__(self) -> int:
-        return len(self.state_UW)
 
 
 class ProfileJudge(SasrecJudge):
@@ -158,11 +154,3 @@ class ProfileJudge(SasrecJudge):
             shown_MCD = candidates_UCD[user].expand(len(told), -1, -1)
             out_UCT[user, :, told - start] = (whole_UC[user] - self._score(self.extend(many, without), shown_MCD)).T
         return out_UCT
-
-    def _score(self, state: Profile, candidates_UCD: Tensor) -> Tensor:
-        return (self.tower(candidates_UCD) @ state.state_UW[..., None])[..., 0]
-
-    def score_all(self, state: Profile, items_ID: Tensor) -> Tensor:
-        """Logits ``[U, I]``: one product."""
-        scores_UI: Tensor = state.state_UW @ self.tower(items_ID).T
-        return scores_UI
