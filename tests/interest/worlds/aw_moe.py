@@ -2,8 +2,13 @@
 
 An item has a kind (whom it speaks to) and a level. What the one kind of people take is high, what the other take is
 low; a history says which kind somebody is through the items in it, and not always. So the answer is the sign of who
-somebody is times the level: experts that disagree, and a gate that reads the person. AW-MoE claims most where histories
-are short, so the users compared have at most five behaviours; the other judge is DIN.
+somebody is times the level: experts that disagree, and a gate that reads the person. The users compared have at most
+five behaviours; the other judge is DIN.
+
+What was found (seed 0): AW-MoE reaches the best possible score, .887 of .886, and its gates tell the kinds apart; so
+does DIN, .885. That experts and contrast gain most on the long tail, as the paper says, was not found: with six kinds
+of people and fewer tells, DIN (of wider layers) had .855 and AW-MoE .845 to .849, and the contrast did not help,
+whether there were mostly short or mostly long histories to learn from.
 """
 
 from __future__ import annotations
@@ -40,7 +45,7 @@ FIT = LogFitConfig(
     negative_kind="uniform",
     valid_metric="auc",
 )
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (3e-3, 1e-2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +105,7 @@ def run(seed: int, folder: Path, *, other: str = "din") -> Found:
     short_U = np.array([len(histories[user]) <= 6 for user in users_U])
     best_U = np.array([_best_auc(histories[user], planted.liking_2I) for user in users_U])
     comparison = Comparison(
-        claim="experts behind a gate that reads the person help most where histories are short (AW-MoE)",
+        claim="a gate that reads the person reaches the best score on short histories, as DIN does (AW-MoE)",
         ours="aw_moe",
         other="aw_moe without contrast" if other == "no contrast" else other,
         figure="AUC against uniform negatives, at most five behaviours",
@@ -148,7 +153,8 @@ def _silhouette(gates_UK: np.ndarray, kind_U: np.ndarray) -> float:
     """Mean silhouette of the two kinds by cosine distance."""
     unit_UK = gates_UK / np.linalg.norm(gates_UK, axis=1, keepdims=True).clip(1e-9)
     far_UU = 1 - unit_UK @ unit_UK.T
-    same_UU = kind_U[:, None] == kind_U
-    within_U = (far_UU * same_UU).sum(1) / (same_UU.sum(1) - 1)
-    between_U = (far_UU * ~same_UU).sum(1) / (~same_UU).sum(1)
+    mean_UG = np.stack([far_UU[:, kind_U == kind].mean(1) for kind in (0, 1)], axis=1)
+    size_U, who_U = np.bincount(kind_U)[kind_U], np.arange(len(kind_U))
+    within_U = mean_UG[who_U, kind_U] * size_U / (size_U - 1)  # nobody is a neighbour of themselves
+    between_U = mean_UG[who_U, 1 - kind_U]
     return float(((between_U - within_U) / np.maximum(between_U, within_U).clip(1e-9)).mean())
