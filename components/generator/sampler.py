@@ -5,8 +5,9 @@ shared by that user's samples (:mod:`couturier.kernels.shared_prefix`). Every fu
 samples of all users. Guidance runs a second, unconditional set of prompts beside the first.
 
 Random numbers are drawn up front, a stream a user, so a user's pictures do not depend on who else is in the batch. The
-samples of one user are spread evenly over the distribution (arithmetic sampling, Vilnis et al., arXiv 2210.15458): each
-picture alone is distributed as before, but together they repeat each other less than independent ones.
+samples of one user are spread evenly over the distribution, code by code (systematic sampling, Madow 1949; arithmetic
+sampling, Vilnis et al., arXiv 2210.15458, does so with one number for all codes): each picture alone is distributed as
+before, but together they repeat each other less than independent ones.
 
 Legend: U users, n samples, L codes, K codebook, P prompt tokens, D width, H heads, G key/value heads, d head width.
 """
@@ -37,7 +38,7 @@ class SamplerSettings:
     top_k: int = 0
     top_p: float = 1.0
     spread: bool = True
-    """Evenly spaced points of one random offset for a user's samples, instead of independent ones."""
+    """Evenly spaced points for the samples of a user that are alike so far, instead of independent ones."""
 
     def __post_init__(self) -> None:
         if not (self.temperature >= 0 and self.guidance >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
@@ -79,38 +80,31 @@ def sample_codes(
 class _Points:
     """The number in [0, 1) that decides each sample's next code.
 
-    Independent: a fresh one every time. Spread: a sample's point is (u + k / n) mod 1 with one u a user; the code that
-    it falls on takes up an interval of the distribution, and where in that interval it lies decides the code after it,
-    as an arithmetic decoder reads a message. Each choice uses up bits of the point; after 30, fresh numbers follow.
+    Independent: a fresh one every time. Spread: the m samples of a user that are alike so far take (v + rank / m) mod 1
+    with one fresh v for all of them. Every point is uniform, and of m alike samples m * p go on with a code of
+    probability p, rounded up or down. No point is made from an earlier one, which would magnify rounding errors until a
+    user's pictures depended on the batch they were drawn in.
     """
 
     def __init__(self, uniforms_UnL: Tensor, *, spread: bool) -> None:
-        self.fresh_UnL, self.spread, self.t = uniforms_UnL.double(), spread, 0
-        n = uniforms_UnL.shape[1]
-        self.point_Un = self.fresh_UnL[:, :, 0]
-        if spread:
-            # Two numbers of 24 random bits make one of 48.
-            offset_U1 = self.fresh_UnL[:, :1, 0] + self.fresh_UnL[:, :1, -1] * 2**-24
-            self.point_Un = (offset_U1 + torch.arange(n, dtype=torch.float64) / n) % 1
-        self.left_Un = torch.ones_like(self.point_Un)
+        self.fresh_UnL, self.t = uniforms_UnL.double(), 0
+        u, n, _ = uniforms_UnL.shape
+        self.alike_Unn = torch.ones(u, n, n, dtype=torch.bool) if spread else None
 
     def choose(self, p_UnK: Tensor) -> Tensor:
         """Codes ``[U, n]`` by inverting the cumulative distribution at each point; moves on to the next code."""
+        point_Un = self.fresh_UnL[:, :, self.t]
+        if self.alike_Unn is not None:
+            first_Un = self.alike_Unn.byte().argmax(-1)
+            rank_Un, count_Un = self.alike_Unn.tril(-1).sum(-1), self.alike_Unn.sum(-1)
+            point_Un = (point_Un.gather(1, first_Un) + rank_Un / count_Un.double()) % 1
         cumulative = p_UnK.double().cumsum(-1)
-        total = cumulative[..., -1:]
-        at = self.point_Un[..., None] * total
-        codes = torch.searchsorted(cumulative, at, right=True).clamp_max(p_UnK.shape[-1] - 1)
+        at = point_Un[..., None] * cumulative[..., -1:]
+        codes_Un = torch.searchsorted(cumulative, at, right=True)[..., 0].clamp_max(p_UnK.shape[-1] - 1)
+        if self.alike_Unn is not None:
+            self.alike_Unn &= codes_Un[:, :, None] == codes_Un[:, None]
         self.t += 1
-        if self.t < self.fresh_UnL.shape[-1]:
-            fresh = self.fresh_UnL[:, :, self.t]
-            if self.spread:
-                p = p_UnK.double().gather(-1, codes)
-                inside = ((at - cumulative.gather(-1, codes) + p) / p.clamp_min(1e-300))[..., 0].clamp(0, 1 - 2**-53)
-                self.left_Un = self.left_Un * (p / total)[..., 0]
-                self.point_Un = torch.where(self.left_Un > 2**-30, inside, fresh)
-            else:
-                self.point_Un = fresh
-        return codes[..., 0]
+        return codes_Un
 
 
 def _draw(logits_UnK: Tensor, points: _Points, settings: SamplerSettings) -> Tensor:

@@ -49,7 +49,7 @@ def test_every_single_spread_sample_follows_the_models_distribution(
 
 
 def test_spread_samples_of_a_user_share_out_the_distribution(generator: JanusGenerator, histories: np.ndarray) -> None:
-    """Whatever two codes a picture may begin with, n samples hold n times its probability of it, to within one."""
+    """Of n samples n times its probability begin with a code, to within one; and so on from there."""
     n = 200
     codes = generator.sample(histories[:1], n, seeds=[3])
     prompts = generator.prompts.build(histories[:1])
@@ -57,23 +57,25 @@ def test_spread_samples_of_a_user_share_out_the_distribution(generator: JanusGen
     whole = torch.cat([begins, torch.zeros(len(begins), codes.shape[-1] - 2, dtype=torch.long)], 1)
     lp = generator.logits(prompts, whole[None]).log_softmax(-1)[0, :, :2].gather(-1, begins[..., None]).sum((1, 2))
     seen = torch.bincount(codes[0, :, 0] * 24 + codes[0, :, 1], minlength=24 * 24)
-    assert (seen - n * lp.exp().double()).abs().max() < 1 + 1e-3
+    assert (seen - n * lp.exp().double()).abs().max() < 2
+    begun = torch.bincount(codes[0, :, 0], minlength=24)
+    assert (begun - n * lp.exp().double().view(24, 24).sum(1)).abs().max() < 1 + 1e-3
+    after = begun.repeat_interleave(24) * (lp - lp.view(24, 24).logsumexp(1).repeat_interleave(24)).exp()
+    assert (seen - after).abs().max() < 1 + 1e-3
     independent = generator.sample(histories[:1], n, seeds=[3], spread=False)
     seen = torch.bincount(independent[0, :, 0] * 24 + independent[0, :, 1], minlength=24 * 24)
     assert (seen - n * lp.exp().double()).abs().max() > 2
 
 
-def test_a_long_picture_never_runs_out_of_randomness() -> None:
-    """Two hundred codes of three bits each: a point has 48 bits, yet every code stays uniform and unlike the others."""
-    uniforms = torch.rand(64, 4, 200, generator=torch.Generator().manual_seed(0))
+def test_spread_points_stay_uniform_and_unlike_each_other_to_the_last_code() -> None:
+    uniforms = torch.rand(64, 4, 60, generator=torch.Generator().manual_seed(0))
     points = _Points(uniforms, spread=True)
     p = torch.full((64, 4, 8), 1 / 8)
-    codes = torch.stack([points.choose(p) for _ in range(200)], -1).flatten(0, 1)
-    shares = torch.stack([torch.bincount(codes[:, t], minlength=8) for t in range(200)]) / 256
+    codes_Nt = torch.stack([points.choose(p) for _ in range(60)], -1).flatten(0, 1)
+    shares = torch.stack([torch.bincount(codes_Nt[:, t], minlength=8) for t in range(60)]) / 256
     assert (shares - 1 / 8).abs().max() < 0.11
-    late = codes[:, 20:].double()
-    correlation = torch.corrcoef(late.T).fill_diagonal_(0)
-    assert correlation.abs().max() < 0.4
+    correlation = torch.corrcoef(codes_Nt.double().T).fill_diagonal_(0)
+    assert correlation.abs().max() < 0.3
 
 
 def test_guidance_one_is_conditional_and_zero_is_unconditional(
