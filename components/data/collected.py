@@ -41,12 +41,12 @@ def with_collected(raw: RawTables, folder: Path) -> RawTables:
     inputs = (*raw.inputs, *files)
     if not rows:
         return dataclasses.replace(raw, meta=meta, inputs=inputs)
-    new = pl.DataFrame(rows, schema=EVENT_COLUMNS, orient="row")
+    new = pl.DataFrame(rows, schema=pl.Schema(EVENT_COLUMNS), orient="row")
     new = session_groups(new, gap_minutes=_GAP_MINUTES).with_columns(group_id=pl.lit("feedback-") + pl.col("group_id"))
     new = new.with_columns(quantity=pl.lit(1.0)).select(
         [name if name in new.columns or name == "quantity" else pl.lit(None).alias(name) for name in raw.events.columns]
     )
-    events = pl.concat([raw.events, new.cast(dict(raw.events.schema))]).sort("timestamp", maintain_order=True)
+    events = pl.concat([raw.events, new.cast(raw.events.schema)]).sort("timestamp", maintain_order=True)
     met = new.select("user_id").unique().join(raw.users.select("user_id"), on="user_id", how="anti").sort("user_id")
     users = pl.concat([raw.users, met], how="diagonal")
     return dataclasses.replace(raw, events=events, users=users, meta=meta, inputs=inputs)

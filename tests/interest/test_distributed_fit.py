@@ -82,9 +82,7 @@ def test_two_processes_fit_as_one_and_one_goes_on_where_two_stopped(given: Path,
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert one.keys() == two.keys()
     for name, value in one.items():
-        torch.testing.assert_close(
-            two[name], value, atol=2e-3, rtol=2e-3, msg=lambda told, name=name: f"{name}: {told}"
-        )
+        torch.testing.assert_close(two[name], value, atol=2e-3, rtol=2e-3)
     facts = [read_json(tmp_path / name / "fit.json") for name in ("one", "two")]
     assert [each["processes"] for each in facts] == [1, 2]
     assert facts[0]["valid"] == pytest.approx(facts[1]["valid"], abs=5e-3)
@@ -93,7 +91,7 @@ def test_two_processes_fit_as_one_and_one_goes_on_where_two_stopped(given: Path,
     assert sorted(path.name for path in (tmp_path / "on" / "scratch" / "checkpoints").iterdir())[-1].endswith("16")
     main(arguments(given, model, tmp_path / "on"))
     for name, value in weights(tmp_path / "on").items():
-        torch.testing.assert_close(value, two[name], atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(value, two[name], atol=5e-4, rtol=5e-4, msg=name)
     assert load_judge(tmp_path / "two" / "judge").name == model
 
 

@@ -169,7 +169,7 @@ def test_gates_of_thinned_histories_come_closer_with_the_contrast_and_not_withou
 def test_wrong_settings_are_named() -> None:
     for wrong in ({"mask": 1.0}, {"temperature": 0.0}, {"experts": 0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
-            AwMoeConfig(**wrong)  # type: ignore[arg-type]
+            AwMoeConfig(**wrong)
 
 
 @pytest.mark.slow

@@ -154,7 +154,7 @@ def test_explain_is_the_score_with_minus_the_score_without() -> None:
 def test_wrong_settings_are_named() -> None:
     for wrong in ({"gamma": 1.0}, {"objective": "least squares"}, {"cuboids": 0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
-            HypercuboidConfig(**wrong)  # type: ignore[arg-type]
+            HypercuboidConfig(**wrong)
 
 
 @pytest.mark.slow

@@ -137,7 +137,7 @@ def test_the_loss_is_cross_entropy_at_every_place_and_the_distillation() -> None
     items_IW = judge.tower(judge.embed_items())
     entropies, taught = [], []
     for taken, after in zip(lists, (6, 7), strict=True):
-        states = [judge.nothing]
+        states: list[torch.Tensor] = [judge.nothing]
         for place in range(1, len(taken) + 1):
             # A prefix as it stood: the places count from the newest of the whole piece.
             whole = history_of(judge, [taken])
@@ -197,7 +197,7 @@ def test_what_is_missing_is_named() -> None:
         judge.loss(batch, seeded(0))
     for wrong in ({"alpha": 1.5}, {"tau": 0.0}, {"heads": 3}, {"long": 0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
-            MqsaTedConfig(**wrong)  # type: ignore[arg-type]
+            MqsaTedConfig(**wrong)
 
 
 def test_a_chain_is_learned_and_explained_by_its_newest_item(tmp_path: Path) -> None:
