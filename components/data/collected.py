@@ -41,7 +41,8 @@ def with_collected(raw: RawTables, folder: Path) -> RawTables:
     inputs = (*raw.inputs, *files)
     if not rows:
         return dataclasses.replace(raw, meta=meta, inputs=inputs)
-    new = pl.DataFrame(rows, schema=pl.Schema(EVENT_COLUMNS), orient="row")
+    columns: dict[str, Any] = dict(EVENT_COLUMNS)
+    new = pl.DataFrame(rows, schema=columns, orient="row")
     new = session_groups(new, gap_minutes=_GAP_MINUTES).with_columns(group_id=pl.lit("feedback-") + pl.col("group_id"))
     new = new.with_columns(quantity=pl.lit(1.0)).select(
         [name if name in new.columns or name == "quantity" else pl.lit(None).alias(name) for name in raw.events.columns]
