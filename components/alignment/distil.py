@@ -42,7 +42,7 @@ class DistilConfig:
     contrast_new: float = 0.5
     """The same for items that are no favourites. With little taken off, a wrong person's new pictures, popular and
     among this person's favourites, meet this person's basket more often than the right ones do."""
-    copies: float = 0.44
+    copies: float = 0.42
     """Probability given to items of the history. Imitation is never perfect, so the policy will copy somewhat more."""
 
 
