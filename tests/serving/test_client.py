@@ -62,7 +62,7 @@ def test_a_bento_that_cannot_load_fails_at_once_with_its_own_words(made, tmp_pat
         serve_bento("couturier:broken", bentoml_home=tmp_path / "home", feedback=None, log=tmp_path / "log"),
     ):
         pass
-    assert time.monotonic() - began < 45
+    assert time.monotonic() - began < 120
 
 
 def test_the_warden_ends_grandchildren_with_sessions_of_their_own(tmp_path):
