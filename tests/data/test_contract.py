@@ -6,126 +6,29 @@ import json
 import re
 import socket
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from couturier.components.data import contract
 from couturier.components.data.contract import Config, contract_summary, explain_quarantine
 from couturier.components.data.quarantine import QUARANTINE
-from couturier.components.data.raw import PICTURE_SCHEMA
 from couturier.components.errors import ConfigError, ContractError, DataError
-from couturier.components.lineage.stages import StageContext
-from couturier.components.lineage.workspace import Workspace
 
-SIZE = 2
-TABLES = ("events", "items", "pictures", "users")
-START = datetime(2020, 1, 1, tzinfo=UTC)
-Tables = dict[str, pl.DataFrame]
-
-
-def clean(users: int = 25, items: int = 10) -> Tables:
-    """Tables that break no rule: every user takes two items in each of four baskets."""
-    events = [
-        {
-            "user_id": f"u{user:02}",
-            "item_id": f"i{(user + 3 * basket + piece) % items}",
-            "timestamp": START + timedelta(days=basket, minutes=user),
-            "kind": "purchase",
-            "value": 1.5 + piece,
-            "quantity": 1.0 + basket,
-            "group_id": f"b{user:02}-{basket}",
-        }
-        for basket in range(4)
-        for user in range(users)
-        for piece in range(2)
-    ]
-    ids = [f"i{item}" for item in range(items)]
-    rgb = [bytes([item] * (SIZE * SIZE * 3)) for item in range(items)]
-    sides = [SIZE] * items
-    return {
-        "events": pl.DataFrame(events).cast({"timestamp": pl.Datetime("us", "UTC")}),
-        "items": pl.DataFrame(
-            {
-                "item_id": ids,
-                "title": [f"Item {name}" for name in ids],
-                "text": ids,
-                "category": ["MILK", "BREAD"] * (items // 2),
-                "price": [2.5] * items,
-            }
-        ),
-        "pictures": pl.DataFrame(
-            {"item_id": ids, "height": sides, "width": sides, "rgb": rgb, "error": [None] * items},
-            schema=PICTURE_SCHEMA,
-        ),
-        "users": pl.DataFrame({"user_id": [f"u{user:02}" for user in range(users)], "age": ["30-39"] * users}),
-    }
-
-
-def context(folder: Path, tables: Tables, config: Config | None = None, **meta: Any) -> StageContext:
-    """A stage context on ``tables`` written as raw data below ``folder``."""
-    data = folder / "data"
-    data.mkdir(parents=True, exist_ok=True)
-    for name, frame in tables.items():
-        frame.write_parquet(data / f"{name}.parquet")
-    default = {
-        "adapter": "test",
-        "settings": {"picture_size": SIZE},
-        "attributes": ["category"],
-        "domains": {"category": ["BREAD", "MILK"]},
-        "attribution": "none",
-    }
-    (data / "meta.json").write_text(json.dumps(default | meta))
-    out, scratch = folder / "out", folder / "scratch"
-    out.mkdir()
-    scratch.mkdir()
-    workspace = Workspace(project=folder, root=folder / ".couturier")
-    return StageContext(inputs={}, config=config or Config(), out=out, scratch=scratch, workspace=workspace)
-
-
-def change(tables: Tables, table: str, row: int, **values: Any) -> Tables:
-    """``tables`` with some values of one row replaced."""
-    frame = tables[table]
-    here = pl.int_range(pl.len()) == row
-    changed = [
-        pl.when(here).then(pl.lit(value, dtype=frame.schema[name])).otherwise(pl.col(name)).alias(name)
-        for name, value in values.items()
-    ]
-    return {**tables, table: frame.with_columns(changed)}
-
-
-def run(folder: Path, tables: Tables, config: Config | None = None, **meta: Any) -> StageContext:
-    ctx = context(folder, tables, config, **meta)
-    contract.run(ctx)
-    return ctx
-
-
-LENIENT = Config(
-    stop_share_events=1.0, stop_share_items=1.0, stop_share_pictures=1.0, stop_share_users=1.0, min_users=1
+from .contract_tables import (
+    LATE,
+    LENIENT,
+    TABLES,
+    Tables,
+    assert_split,
+    change,
+    clean,
+    context,
+    quarantined,
+    run,
 )
-
-
-def quarantined(ctx: StageContext) -> dict[tuple[str, int], list[str]]:
-    frame = pl.read_parquet(ctx.out / QUARANTINE)
-    return {(row["table"], row["row"]): row["rules"] for row in frame.to_dicts()}
-
-
-def assert_split(ctx: StageContext, tables: Tables) -> None:
-    """kept + quarantined = raw, as multisets of rows and as figures, for every table."""
-    aside = pl.read_parquet(ctx.out / QUARANTINE)
-    assert aside.select("table", "row").is_duplicated().sum() == 0
-    for table in TABLES:
-        raw, rows = tables[table], aside.filter(pl.col("table") == table)["row"]
-        kept = pl.read_parquet(ctx.out / f"{table}.parquet")
-        together = pl.concat([kept, raw[rows.to_numpy()]])
-        assert sorted(map(repr, together.rows())) == sorted(map(repr, raw.rows()))
-        facts = ctx.facts[table]
-        assert (facts["raw"], facts["kept"], facts["quarantined"]) == (raw.height, kept.height, len(rows))
 
 
 def test_clean_tables_pass_untouched_and_sorted(tmp_path: Path) -> None:
@@ -143,7 +46,6 @@ def test_clean_tables_pass_untouched_and_sorted(tmp_path: Path) -> None:
     assert meta["attributes"] == ["category"]
 
 
-LATE = datetime(2200, 1, 1, tzinfo=UTC)
 # Row k of a table gets its k-th defect; item 40 + k is the partner of a duplicate.
 PLANTED: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "events": [
@@ -423,83 +325,3 @@ def test_events_without_quantity_or_groups_count_moments_as_groups(tmp_path: Pat
     ctx = run(tmp_path, {**tables, "events": tables["events"].drop("quantity", "group_id")})
     assert quarantined(ctx) == {}
     assert ctx.facts["users_with_history"] == 25
-
-
-# What a dirty table may hold in any cell; the clean value is drawn most of the time.
-DIRT: dict[str, dict[str, list[Any]]] = {
-    "events": {
-        "user_id": [None, ""],
-        "item_id": [None, "", "nowhere", "i1"],
-        "timestamp": [None, LATE, datetime(1901, 1, 1, tzinfo=UTC)],
-        "kind": [None, "", "view"],
-        "value": [None, 0.0, -3.0, 1e9, float("nan"), float("inf")],
-        "quantity": [None, 0.0, -1.0, 101.0, float("nan")],
-        "group_id": [None],
-    },
-    "items": {"item_id": [None, "", "i1"], "title": [None, ""], "text": [None], "category": [None, "FUEL"]},
-    "pictures": {
-        "item_id": [None, "", "i1", "nowhere"],
-        "height": [None, 3],
-        "width": [None, 1],
-        "rgb": [None, b"", b"12"],
-        "error": ["broken"],
-    },
-    "users": {"user_id": [None, "", "u01"], "age": [None]},
-}
-
-
-@st.composite
-def dirty_tables(draw: st.DrawFn) -> Tables:
-    tables = clean(users=4)
-    spots = [(table, column) for table, columns in DIRT.items() for column in columns]
-    for table, column in draw(st.lists(st.sampled_from(spots), max_size=40)):
-        row = draw(st.integers(0, tables[table].height - 1))
-        tables = change(tables, table, row, **{column: draw(st.sampled_from(DIRT[table][column]))})
-    return tables
-
-
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(tables=dirty_tables())
-def test_nothing_is_lost_and_no_kept_row_breaks_a_rule(
-    tmp_path_factory: pytest.TempPathFactory, tables: Tables
-) -> None:
-    ctx = context(tmp_path_factory.mktemp("dirty"), tables, LENIENT)
-    try:
-        contract.run(ctx)
-    except ContractError as error:  # too few users are left: nothing is kept then, by intent
-        assert "users.enough" in str(error)
-        return
-    assert_split(ctx, tables)
-    kept = {table: pl.read_parquet(ctx.out / f"{table}.parquet") for table in TABLES}
-    items = set(kept["items"]["item_id"])
-    assert len(items) == kept["items"].height
-    assert items == set(kept["pictures"]["item_id"]) and len(items) == kept["pictures"].height
-    assert not items & {None, ""}
-    assert all(row["title"] and row["text"] is not None for row in kept["items"].to_dicts())
-    assert set(kept["items"]["category"]) <= {"MILK", "BREAD"}
-    for row in kept["pictures"].to_dicts():
-        assert (row["height"], row["width"], len(row["rgb"]), row["error"]) == (SIZE, SIZE, SIZE * SIZE * 3, None)
-    for row in kept["events"].to_dicts():
-        assert row["user_id"] and row["item_id"] in items and row["kind"]
-        assert datetime(1990, 1, 1, tzinfo=UTC) <= row["timestamp"] <= datetime(2100, 1, 1, tzinfo=UTC)
-        assert 0 < row["value"] <= 1000
-        assert row["quantity"] is None or row["quantity"] != row["quantity"] or 0 < row["quantity"] <= 100
-    assert (
-        kept["events"]
-        .select("user_id", "timestamp")
-        .equals(kept["events"].select("user_id", "timestamp").sort(pl.all()))
-    )
-    users = kept["users"]["user_id"].to_list()
-    assert all(users) and len(set(users)) == len(users)
-    assert _every_failure_is_real(ctx, tables)
-
-
-def _every_failure_is_real(ctx: StageContext, tables: Tables) -> bool:
-    """Cleaning is not careless: a row was set aside only if a cell of it is dirty, or its item or picture was."""
-    good = clean(users=4)
-    for (table, row), rules in quarantined(ctx).items():
-        linked = {"events.item_kept", "items.has_picture", "pictures.item_kept", "pictures.item_exists"}
-        same_id = {"items.item_id_unique", "pictures.item_id_unique", "users.user_id_unique", "events.item_exists"}
-        if not set(rules) & (linked | same_id) and tables[table].row(row) == good[table].row(row):
-            return False
-    return True

@@ -20,6 +20,7 @@ from couturier.components.interest.judge import history_batch, load_judge
 from couturier.components.interest.types import Judge
 from couturier.components.lineage.stages import Silent, StageContext
 
+from .conftest import StageOf
 from .planted import QUICK, World, context
 
 
@@ -61,21 +62,27 @@ def test_writes_curves_and_a_judge(finished: StageContext) -> None:
     assert {path.name for path in (finished.out / "judge").iterdir()} == {"judge.safetensors", "judge.json"}
 
 
-@pytest.mark.parametrize("after", [45, 80, 130])
-def test_goes_on_after_a_kill_to_the_same_bits(
-    finished: StageContext, world: World, tmp_path: Path, after: int
-) -> None:
-    """While the eyes are trained, as they open, and while the judge is fitted."""
+def _same_after_a_kill(finished: StageContext, world: World, folder: Path, after: int) -> None:
     config = finished.config
-    if after < 130 and config.model != "attention":
-        pytest.skip("the eyes are the same for every judge")
     with pytest.raises(Killed):
-        fit.run(context(world, tmp_path, config, progress=PullsThePlug(after)))
-    again = context(world, tmp_path, config)
+        fit.run(context(world, folder, config, progress=PullsThePlug(after)))
+    again = context(world, folder, config)
     fit.run(again)
     assert again.facts == finished.facts
     for name in ("judge/judge.safetensors", "judge/judge.json", "curves.parquet"):
         assert sha256_of_file(again.out / name) == sha256_of_file(finished.out / name), name
+
+
+def test_goes_on_after_a_kill_to_the_same_bits(finished: StageContext, world: World, tmp_path: Path) -> None:
+    _same_after_a_kill(finished, world, tmp_path, after=130)
+
+
+@pytest.mark.parametrize("after", [45, 80])
+def test_goes_on_after_a_kill_of_the_eyes_to_the_same_bits(
+    stage_of: StageOf, world: World, tmp_path: Path, after: int
+) -> None:
+    """While the eyes are trained, and as they open; they are the same for every judge."""
+    _same_after_a_kill(stage_of("attention"), world, tmp_path, after)
 
 
 def test_another_seed_is_another_judge(world: World, tmp_path: Path) -> None:
