@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from couturier.components.errors import ConfigError, DataError
 from couturier.components.interest.items import Content, FeatureConfig, ItemFeatures
+from couturier.components.interest.together import mean_over
 from couturier.components.interest.transitions import Transitions
 from couturier.components.interest.types import HistoryBatch, TrainBatch, check_finite
 
@@ -161,7 +162,7 @@ def ranking_loss(logits_UC: Tensor, batch: TrainBatch, bce: float) -> tuple[Tens
     good_UP, bad_UN = logits_UC[:, : batch.positives], logits_UC[:, batch.positives :]
     real_UN = batch.real_UC[:, batch.positives :]
     pairs = F.softplus(bad_UN[:, None] - good_UP[:, :, None]) * real_UN[:, None]
-    ranking = pairs.sum() / (real_UN.sum() * batch.positives).clamp_min(1)
-    level = F.softplus(-good_UP).mean() + (F.softplus(bad_UN) * real_UN).sum() / real_UN.sum().clamp_min(1)
+    ranking = mean_over(pairs.sum(), real_UN.sum() * batch.positives)
+    level = F.softplus(-good_UP).mean() + mean_over((F.softplus(bad_UN) * real_UN).sum(), real_UN.sum())
     loss: Tensor = ranking + bce * level
     return loss, {"ranking": ranking.detach(), "bce": level.detach()}

@@ -82,7 +82,7 @@ def test_two_processes_fit_as_one_and_one_goes_on_where_two_stopped(given: Path,
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert one.keys() == two.keys()
     for name, value in one.items():
-        torch.testing.assert_close(two[name], value, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(two[name], value, atol=5e-4, rtol=5e-4, msg=name)
     facts = [read_json(tmp_path / name / "fit.json") for name in ("one", "two")]
     assert [each["processes"] for each in facts] == [1, 2]
     assert facts[0]["valid"] == pytest.approx(facts[1]["valid"], abs=5e-3)

@@ -36,6 +36,7 @@ from couturier.components.interest.base import ContentJudge, JudgeConfig
 from couturier.components.interest.items import Content, FeatureConfig
 from couturier.components.interest.layers import time_bucket
 from couturier.components.interest.recency import positions
+from couturier.components.interest.together import mean_over
 from couturier.components.interest.types import HistoryBatch, TrainBatch
 
 _EXPLAINED = 128  # history items left out at a time
@@ -152,7 +153,7 @@ class HcnJudge(ContentJudge):
         real_UC = batch.real_UC
         level = F.softplus(-served_UC[:, :taken]).mean()
         bad = F.softplus(served_UC[:, taken:]) * real_UC[:, taken:]
-        level = level + bad.sum() / real_UC[:, taken:].sum().clamp_min(1)
+        level = level + mean_over(bad.sum(), real_UC[:, taken:].sum())
         redundant = redundancy(interests_UKE)
         loss = sampled + self.config.bce * level + self.config.redundancy * redundant
         return loss, {"softmax": sampled.detach(), "bce": level.detach(), "redundancy": redundant.detach()}

@@ -33,6 +33,7 @@ from couturier.components.interest.base import ContentJudge, JudgeConfig, rankin
 from couturier.components.interest.items import Content, FeatureConfig
 from couturier.components.interest.layers import centre_inputs
 from couturier.components.interest.masking import with_strangers
+from couturier.components.interest.together import mean_over
 from couturier.components.interest.types import HistoryBatch, TrainBatch
 
 _TINY = 1e-12  # within the root, so that a distance of 0 has a gradient of 0
@@ -190,7 +191,7 @@ class HypercuboidJudge(ContentJudge):
         good_UP, bad_UN = distance_UC[:, : batch.positives], distance_UC[:, batch.positives :]
         real_UN = batch.real_UC[:, batch.positives :]
         pairs = (config.margin + good_UP[:, :, None] - bad_UN[:, None]).relu() * real_UN[:, None]
-        loss: Tensor = pairs.sum() / (real_UN.sum() * batch.positives).clamp_min(1)
+        loss = mean_over(pairs.sum(), real_UN.sum() * batch.positives)
         return loss, {"hinge": loss.detach()}
 
     @torch.no_grad()
