@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from couturier.components.errors import ConfigError, DataError
 from couturier.components.interest.items import Content, FeatureConfig, ItemFeatures
-from couturier.components.interest.together import mean_over
 from couturier.components.interest.transitions import Transitions
 from couturier.components.interest.types import HistoryBatch, TrainBatch, check_finite
+from couturier.components.together import mean_over
 
 _REPLAYED = 4096  # history rows encoded at a time when explaining
 

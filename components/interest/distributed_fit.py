@@ -37,7 +37,7 @@ from couturier.components.interest.items import Content
 from couturier.components.interest.judge import save_judge
 from couturier.components.interest.log import Log
 from couturier.components.interest.log_fit import LogFit, LogFitConfig, fit_log
-from couturier.components.interest.together import rank, world
+from couturier.components.together import rank, world
 
 T = TypeVar("T")
 _VOCABULARY = 2048

@@ -21,10 +21,10 @@ from couturier.components.errors import ConfigError, DataError
 from couturier.components.interest.base import ContentJudge
 from couturier.components.interest.log import Log, Shard
 from couturier.components.interest.sampling import Kind, Negatives
-from couturier.components.interest.together import rank, world
 from couturier.components.interest.types import HistoryBatch, TrainBatch
 from couturier.components.interest.window_examples import share_of
 from couturier.components.runtime import seeded_numpy
+from couturier.components.together import rank, world
 
 _DAY_S = 86_400.0
 _NOTHING = "no user has two events before the last {holdout}: nothing to learn from. Add events or lower log.holdout."

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from couturier.components.errors import ConfigError, TrainingError
 from couturier.components.interest.base import ContentJudge
-from couturier.components.interest.together import average_gradients, from_first, rank, world
 from couturier.components.interest.types import TrainBatch
 from couturier.components.lineage.checkpoints import (
     Checkpoints,
@@ -32,6 +31,7 @@ from couturier.components.lineage.checkpoints import (
 )
 from couturier.components.lineage.stages import Progress, Silent
 from couturier.components.runtime import seeded
+from couturier.components.together import average_gradients, from_first, rank, world
 
 _UNDECAYED = "items.identity.weight"
 

@@ -18,9 +18,9 @@ from couturier.components.errors import ConfigError
 from couturier.components.interest.base import ContentJudge
 from couturier.components.interest.judge import history_batch
 from couturier.components.interest.metrics import Baskets, Popularity, negatives
-from couturier.components.interest.together import rank, world
 from couturier.components.interest.types import HistoryBatch, TrainBatch
 from couturier.components.runtime import seeded, seeded_numpy
+from couturier.components.together import rank, world
 
 
 @dataclass(frozen=True, kw_only=True)

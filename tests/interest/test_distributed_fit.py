@@ -20,7 +20,7 @@ from couturier.components.files import read_json, write_json
 from couturier.components.interest.distributed_fit import main, settings_of
 from couturier.components.interest.judge import load_judge
 from couturier.components.interest.log_fit import LogFitConfig
-from couturier.components.interest.together import mean_over
+from couturier.components.together import mean_over
 
 from .worlds.base import planted_log
 

@@ -36,8 +36,8 @@ from couturier.components.interest.base import ContentJudge, JudgeConfig
 from couturier.components.interest.items import Content, FeatureConfig
 from couturier.components.interest.layers import time_bucket
 from couturier.components.interest.recency import positions
-from couturier.components.interest.together import mean_over
 from couturier.components.interest.types import HistoryBatch, TrainBatch
+from couturier.components.together import mean_over
 
 _EXPLAINED = 128  # history items left out at a time
 _SHARP = 5.0  # of routing and scale of the score, at the start

@@ -33,8 +33,8 @@ from couturier.components.interest.base import ContentJudge, JudgeConfig, rankin
 from couturier.components.interest.items import Content, FeatureConfig
 from couturier.components.interest.layers import centre_inputs
 from couturier.components.interest.masking import with_strangers
-from couturier.components.interest.together import mean_over
 from couturier.components.interest.types import HistoryBatch, TrainBatch
+from couturier.components.together import mean_over
 
 _TINY = 1e-12  # within the root, so that a distance of 0 has a gradient of 0
 _NUMBERS = 3

@@ -28,8 +28,8 @@ from torch.nn import functional as F
 from couturier.components.errors import ConfigError, DataError
 from couturier.components.interest.base import ContentJudge, JudgeConfig, ranking_loss
 from couturier.components.interest.items import Content, FeatureConfig
-from couturier.components.interest.together import mean_over
 from couturier.components.interest.types import HistoryBatch, TrainBatch
+from couturier.components.together import mean_over
 
 _SPREAD = 0.1  # of an item's vector at the start: small, so that the student begins near uniform
 _PLACES = 0.4  # of a place's: half of an item's in the sum
