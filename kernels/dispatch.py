@@ -42,7 +42,7 @@ OPS: dict[str, dict[Backend, str]] = {
         "torch": f"couturier.kernels.{op}.torch_impl",
         "triton": f"couturier.kernels.{op}.triton_impl",
     }
-    for op in ("hash_sampling", "linear_attention", "target_attention", "topk_search")
+    for op in ("attention_stats", "hash_sampling", "linear_attention", "target_attention", "topk_search")
 }
 
 _forced: ContextVar[Wish | None] = ContextVar("couturier_kernels", default=None)

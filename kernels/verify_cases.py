@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
 
 from couturier.kernels import dispatch, shared_prefix
+from couturier.kernels.attention_stats import attention_stats
+from couturier.kernels.attention_stats.reference import apart, attention_map
 from couturier.kernels.hash_sampling import hash_sampling, random_planes, signatures
 from couturier.kernels.linear_attention import linear_attention, slopes_tnl
 from couturier.kernels.linear_attention.reference import quadratic
@@ -77,7 +79,7 @@ class Maker:
 
 def cases(make: Maker) -> list[Case]:
     """All operators."""
-    return [_mlp(make), _dot(make), _topk(make), _hash(make), _linear(make), _prefix(make)]
+    return [_mlp(make), _dot(make), _topk(make), _hash(make), _linear(make), _stats(make), _prefix(make)]
 
 
 def _size(*tensors: Tensor) -> int:
@@ -262,6 +264,34 @@ def _linear(make: Maker) -> Case:
         peers=peers,
         bytes_moved=_size(q, k, v, v),
         flops=batch * length * heads * (4 * 32 * width + 4 * width * width),
+    )
+
+
+def _stats(make: Maker) -> Case:
+    batch, heads, length, width = (2, 8, 1024, 64) if make.large else (2, 3, 70, 16)
+    if make.large and make.device != "cpu":
+        batch, heads, length, width = 1, 32, 8192, 128
+    q, k = (make.normal(batch, heads, length, width, salt=i).detach() for i in range(2))
+
+    def call() -> Tensor:
+        found = attention_stats(q, k)
+        return torch.stack([found.waad_BHR, found.span_BHR / 10, 100 * found.influence_BHS])
+
+    def naive() -> Tensor:
+        every, far = attention_map(q, k, None, None, width**-0.5), apart(q, k)
+        read = (far >= 10) & (far <= 50)
+        waad, span = (every * far.clamp(0, 10)).sum(-1), (every * far.clamp_min(0)).sum(-1) / 10
+        return torch.stack([waad, span, 100 * (every * read).sum(2) / read.sum(0).clamp_min(1)])
+
+    return Case(
+        op="attention_stats",
+        shape=f"B {batch}, T {length}, H {heads}, d {width}, {q.dtype}".replace("torch.", ""),
+        leaves=[],
+        call=call,
+        reference=_reference(call),
+        naive=naive,
+        bytes_moved=_size(q, k) + 12 * batch * heads * length,
+        flops=batch * heads * length * (length + 2 * 40) * width,
     )
 
 

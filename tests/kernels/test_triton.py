@@ -27,6 +27,7 @@ INTERPRETED = sorted(path.name for path in Path(__file__).parent.glob("interpret
 COMPILED = sorted(path.stem.removeprefix("compile_") for path in Path(__file__).parent.glob("compile_*.py"))
 # One width a kernel in the fast tests, all of them in the slow ones.
 FEW = {
+    "attention_stats": "bf16/64",
     "hash_sampling": "(bf16|lookup.*)/64",
     "linear_attention": "bf16/64$",
     "target_attention": "bf16/64",
