@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -73,3 +75,22 @@ def device_facts() -> dict[str, Any]:
     if torch.cuda.is_available():
         facts["gpu_memory_bytes"] = torch.cuda.get_device_properties(0).total_memory
     return facts
+
+
+@cache
+def matmul_flops(device: str = "cpu") -> float:
+    """Operations a second of a large matrix product here, the best of a few: what MFU is a share of.
+
+    float32 on a CPU, with the threads torch has at the first call; bfloat16 on a GPU.
+    """
+    gpu = device == "cuda"
+    size, dtype = (8192, torch.bfloat16) if gpu else (768, torch.float32)
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):
+        began = time.perf_counter()
+        a @ a
+        if gpu:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best

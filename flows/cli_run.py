@@ -34,7 +34,7 @@ def retrain(
     Examples: \\
     `couturier retrain` \\
     `couturier retrain --recipe smoke --json` \\
-    `couturier retrain --set rl.steps=200 --set rl.seed=1`
+    `couturier retrain --set rl.grpo.steps=40 --set rl.seed=1`
     """
     need("prefect", extra="demo", verb="retrain")
     from couturier.flows import launch

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from couturier.components.alignment import grpo, sft
+from couturier.components.alignment import align, sft
 from couturier.components.data import contract, raw, sequences
 from couturier.components.errors import ConfigError
 from couturier.components.evaluation import evaluate
@@ -38,7 +38,7 @@ class Recipe:
     tokenise: tokenise.Config = field(default_factory=tokenise.Config)
     judge: fit.Config = field(default_factory=fit.Config)
     sft: sft.Config = field(default_factory=sft.Config)
-    rl: grpo.Config = field(default_factory=grpo.Config)
+    rl: align.Config = field(default_factory=align.Config)
     evaluate: evaluate.Config = field(default_factory=evaluate.Config)
     package: package.Config = field(default_factory=package.Config)
     gate: gate.Config = field(default_factory=gate.Config)
@@ -71,13 +71,9 @@ def smoke() -> Recipe:
             base.rl,
             prospect=dataclasses.replace(base.rl.prospect, windows=160),
             distil=dataclasses.replace(base.rl.distil, steps=6, prompts=4, targets=3),
-            steps=6,
-            prompts=4,
-            group=4,
+            grpo=dataclasses.replace(base.rl.grpo, steps=6, prompts=4, group=4),
+            watch=dataclasses.replace(base.rl.watch, every=3, windows=16, pictures=2),
             checkpoint_every=2,
-            watch_every=3,
-            watch_windows=16,
-            watch_pictures=2,
         ),
         evaluate=dataclasses.replace(
             base.evaluate, pictures=4, windows_per_user=1, best_of=2, draws=200, shown_users=4

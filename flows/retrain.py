@@ -14,7 +14,7 @@ from typing import Any
 
 from prefect import flow
 
-from couturier.components.alignment import grpo, sft
+from couturier.components.alignment import align, sft
 from couturier.components.data import contract, sequences
 from couturier.components.data.formats import META
 from couturier.components.data.ingest import ingest
@@ -52,7 +52,7 @@ def retrain(recipe: str = "demo", settings: list[str] | None = None, who: str | 
         codec = run.stage("tokenise", tokenise.run, plan.tokenise, sequences=windows)
         judge = run.stage("judge", fit.run, plan.judge, sequences=windows)
         tuned = run.stage("sft", sft.run, plan.sft, sequences=windows, tokenise=codec)
-        aligned = run.stage("rl", grpo.run, plan.rl, sequences=windows, tokenise=codec, judge=judge, sft=tuned)
+        aligned = run.stage("rl", align.run, plan.rl, sequences=windows, tokenise=codec, judge=judge, sft=tuned)
 
         proof = run.stage(
             "evaluate",

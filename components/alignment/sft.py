@@ -8,30 +8,27 @@ condition, for guidance.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
-import polars as pl
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from couturier.components.alignment.batches import WindowSampler, picture_codes
+from couturier.components.alignment.loop import Loop, LoopConfig, Phase, Step
 from couturier.components.data.formats import Catalogue, Windows
-from couturier.components.errors import TrainingError
+from couturier.components.errors import ConfigError
+from couturier.components.generator.codec import load_codec
+from couturier.components.generator.denoiser import DiffusionConfig
+from couturier.components.generator.diffusion import DiffusionGenerator
 from couturier.components.generator.janus import GeneratorConfig, JanusGenerator
 from couturier.components.generator.tokenise import load_eyes, one_cycle
-from couturier.components.lineage.checkpoints import (
-    Checkpoints,
-    generator_tensor,
-    load_module,
-    load_optimiser,
-    module_tensors,
-    optimiser_tensors,
-)
+from couturier.components.generator.types import FAMILIES
 from couturier.components.lineage.stages import StageContext
 from couturier.components.runtime import seeded, threads
+from couturier.components.together import rank, share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +38,8 @@ class Config:
     seed: int = 0
     threads: int = 2
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    """Of the other family; used where ``generator.family`` is "diffusion"."""
     grounding_steps: int = 160
     """Steps of "draw this", then "copy one of these", before people's data; 0 for a published model."""
     grounding_copies: float = 0.5
@@ -59,148 +58,93 @@ class Config:
     valid_every: int = 50
     valid_windows: int = 128
 
+    @property
+    def history(self) -> int:
+        """Favourites that the chosen family looks at."""
+        return self.diffusion.history if self.generator.family == "diffusion" else self.generator.history
+
 
 def run(ctx: StageContext) -> None:
     """``sequences``, ``tokenise`` → ``model/``, ``curves.parquet``; facts: nats of valid users, true and wrong."""
     config: Config = ctx.config
-    ctx.tracker.params(_flat(asdict(config)))
     with threads(config.threads):
-        trainer = _Trainer(ctx, config)
-        trainer.fit()
-        trainer.generator.eval().save(ctx.out / "model")
-        ctx.facts.update(trainer.validate())
-    frame = pl.DataFrame(
-        trainer.curves, schema={"step": pl.Int64, "name": pl.String, "value": pl.Float64}, orient="row"
-    )
-    frame.write_parquet(ctx.out / "curves.parquet")
-    ctx.facts["parameters"] = sum(p.numel() for p in trainer.generator.parameters_to_train())
+        learner = _Learner(ctx, config)
+        generator = learner.generator
+        parameters = generator.parameters_to_train()
+        loop = Loop(
+            ctx,
+            "sft",
+            generator,
+            parameters,
+            [_Grounding(learner), _Tuning(learner)],
+            learner.random,
+            LoopConfig(clip=config.clip, checkpoint_every=config.checkpoint_every),
+        )
+        loop.run()
+        if rank() > 0:
+            return
+        generator.eval().save(ctx.out / "model")
+        ctx.facts.update(learner.validate())
+    loop.save_curves(ctx.out)
+    ctx.facts["parameters"] = sum(p.numel() for p in parameters)
 
 
-def build_generator(config: GeneratorConfig, ctx: StageContext, catalogue: Catalogue, seed: int) -> JanusGenerator:
-    """The model to fine-tune, tiny or published, on this catalogue."""
-    if config.base:
-        return JanusGenerator.published(config, catalogue)
-    codes_IL = load_file(ctx.inputs["tokenise"] / "codes.safetensors")["codes_IL"]
-    from couturier.components.generator.codec import load_codec
+def build_generator(config: Config, ctx: StageContext, catalogue: Catalogue) -> JanusGenerator | DiffusionGenerator:
+    """The model to fine-tune, of the chosen family, on this catalogue; a Janus is tiny or published.
 
-    codec = load_codec(ctx.inputs["tokenise"] / "codec")
+    Raises:
+        ConfigError: no such family, or a diffusion model on the eyes of a published Janus.
+    """
+    chosen, tokenise = config.generator, ctx.inputs["tokenise"]
+    if chosen.family not in FAMILIES:
+        raise ConfigError(f"sft.generator.family is {chosen.family!r}; choose one of {', '.join(FAMILIES)}.")
+    if chosen.family == "janus" and chosen.base:
+        return JanusGenerator.published(chosen, catalogue)
+    if chosen.base:
+        raise ConfigError(
+            f"sft.generator.base is {chosen.base!r}, a Janus, but sft.generator.family is {chosen.family!r}. "
+            "Leave the base empty (of tokenise, too), or set the family to janus."
+        )
+    codes_IL = load_file(tokenise / "codes.safetensors")["codes_IL"]
+    codec, eyes = load_codec(tokenise / "codec"), load_eyes(tokenise / "eyes")
+    if chosen.family == "diffusion":
+        return DiffusionGenerator.fresh(
+            config.diffusion, catalogue, eyes=eyes, codec=codec, codes_IL=codes_IL, seed=config.seed
+        )
     return JanusGenerator.tiny(
-        config,
-        catalogue,
-        eyes=load_eyes(ctx.inputs["tokenise"] / "eyes"),
-        codebook=codec.codebook_size,
-        codes=codes_IL.shape[1],
-        seed=seed,
+        chosen, catalogue, eyes=eyes, codebook=codec.codebook_size, codes=codes_IL.shape[1], seed=config.seed
     )
 
 
-class _Trainer:
-    """One loop over grounding and fine-tuning steps; its whole state goes into a checkpoint."""
+class _Learner:
+    """What grounding and fine-tuning share."""
 
     def __init__(self, ctx: StageContext, config: Config) -> None:
-        self.ctx, self.config = ctx, config
+        self.config = config
         catalogue = Catalogue.load(ctx.inputs["sequences"])
         self.items = len(catalogue)
         self.popularity_I = torch.from_numpy(catalogue.items["purchases"].to_numpy().astype(np.float64))
         self.codes_IL = load_file(ctx.inputs["tokenise"] / "codes.safetensors")["codes_IL"]
         self.train = Windows.load(ctx.inputs["sequences"], "train")
         self.valid = Windows.load(ctx.inputs["sequences"], "valid")
-        self.generator = build_generator(config.generator, ctx, catalogue, config.seed)
-        self.parameters = self.generator.parameters_to_train()
-        self.optimiser = torch.optim.AdamW(
-            self.parameters, lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay
-        )
+        self.generator = build_generator(config, ctx, catalogue)
         self.random = seeded(config.seed, "sft", "batches")
         self.sampler = WindowSampler(self.train, self.random, targets=config.targets)
-        self.checkpoints = Checkpoints(ctx.scratch / "checkpoints")
-        self.curves: list[tuple[int, str, float]] = []
-        self.step = 0
-        if (saved := self.checkpoints.newest()) is not None:
-            load_module("model", self.generator, saved.tensors)
-            load_optimiser("optimiser", self.optimiser, saved.tensors, saved.facts["optimiser"])
-            self.random.set_state(saved.tensors["random"])
-            self.step, self.curves = saved.step, [tuple(row) for row in saved.facts["curves"]]
 
-    def fit(self) -> None:
-        config, total = self.config, self.config.grounding_steps + self.config.steps
-        self.ctx.progress.start("sft", total, done=self.step, unit="steps")
-        while self.step < total:
-            grounding = self.step < config.grounding_steps
-            at, of = (
-                (self.step, config.grounding_steps) if grounding else (self.step - config.grounding_steps, config.steps)
-            )
-            # Grounding keeps its rate: the cosine belongs to what people did.
-            rate = self._grounding_rate() if grounding else config.lr * one_cycle(at, of)
-            for group in self.optimiser.param_groups:
-                group["lr"] = rate
-            loss = self._grounding_loss() if grounding else self._loss()
-            norm = self._update(loss)
-            self._log("grounding" if grounding else "sft", float(loss.detach()), norm)
-            self.step += 1
-            self.ctx.progress.advance()
-            if self.step % config.checkpoint_every == 0 and self.step < total:
-                self._save()
-        self.ctx.progress.stop()
-
-    def _grounding_rate(self) -> float:
-        late = self.step >= self.config.grounding_steps // 2
-        return self.config.grounding_lr * min(1.0, (self.step + 1) / 20) * (0.5 if late else 1.0)
-
-    def _loss(self) -> Tensor:
-        rows, targets = self.sampler.draw(self.config.batch)
-        prompts = self.generator.prompts.build(self.train.favourites_WK[rows])
-        keep = torch.rand(len(rows), generator=self.random) >= self.config.condition_dropout
-        prompts = prompts.where(keep, prompts.unconditional(self.generator.prompts.pad_id))
-        return -self.generator.log_prob(prompts, picture_codes(self.codes_IL, targets)).mean()
-
-    def _grounding_loss(self) -> Tensor:
-        """Made-up histories of growing length; the targets are copies of shown items or drawn by what sells.
-
-        The first half is "draw this one", then "copy one of four", then "copy one of these or draw what sells". Prompts
-        without their condition always learn what sells. All of it is there so that fine-tuning starts with nothing
-        large left to unlearn: otherwise it first forgets how to copy, and takes hundreds of steps to come back.
-        """
-        config, random = self.config, self.random
-        at = self.step / config.grounding_steps
-        k = 1 if at < 0.5 else min(4, config.generator.history) if at < 0.75 else config.generator.history
-        copies = config.grounding_copies if at >= 0.75 else 1.0
-        # Short prompts are cheap, so more of them make a step.
-        count, each = (4 * config.batch, 1) if k == 1 else (config.batch, config.targets)
-        weights = self.popularity_I.expand(count, -1)
-        shown = torch.multinomial(weights if copies < 1 else torch.ones(count, self.items), k, generator=random)
-        rank = torch.arange(k, dtype=torch.float64) + 2
-        picks = torch.multinomial((1 / rank).expand(count, -1), each, replacement=True, generator=random)
-        sells = torch.multinomial(weights, each, generator=random)
-        keep = torch.rand(count, generator=random) >= (0.3 if k == 1 else config.condition_dropout)
-        copied = (torch.rand(count, each, generator=random) < copies) & keep[:, None]
-        prompts = self.generator.prompts.build(shown)
-        prompts = prompts.where(keep, prompts.unconditional(self.generator.prompts.pad_id))
-        return -self.generator.log_prob(
-            prompts, self.codes_IL[torch.where(copied, shown.gather(1, picks), sells)]
-        ).mean()
-
-    def _update(self, loss: Tensor) -> float:
-        if not bool(torch.isfinite(loss)):
-            raise TrainingError(
-                f"sft: the loss is {float(loss.detach())} at step {self.step}. The last checkpoint is kept; "
-                f"lower sft.lr (now {self.config.lr}) and run again."
-            )
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
-        self.optimiser.step()
-        return float(norm)
-
-    def _log(self, phase: str, loss: float, norm: float) -> None:
-        nats = loss * self.codes_IL.shape[1]
-        values = {f"{phase}_nats": nats, "grad_norm": norm}
-        if phase == "sft" and (self.step + 1) % self.config.valid_every == 0:
-            found = self.validate()
-            values |= found
-            self.ctx.progress.advance(0, note=f"gap {found['valid_gap']:.2f} nats")
-        if self.step % 10 == 0 or "valid_gap" in values:
-            self.curves += [(self.step, name, value) for name, value in values.items()]
-            self.ctx.tracker.metrics(values, step=self.step)
+    def step(
+        self,
+        phase: Phase,
+        histories_UK: np.ndarray | Tensor,
+        keep_U: Tensor,
+        codes_UnL: Tensor,
+        rate: float,
+        windows: np.ndarray,
+    ) -> Step:
+        """The generator's loss on this process's share of the codes of ``n`` pictures after each history."""
+        own = share(len(windows))
+        loss, tokens = self.generator.loss(histories_UK[own], codes_UnL[own], keep_U=keep_U[own], random=self.random)
+        values = {f"{phase.name}_nats": float(loss.detach()) * codes_UnL.shape[-1]}
+        return Step(loss=loss, rate=rate, windows=windows[own], values=values, tokens=tokens)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -221,10 +165,84 @@ class _Trainer:
             "valid_gap": float((other - true).mean()),
         }
 
-    def _save(self) -> None:
-        tensors, facts = optimiser_tensors("optimiser", self.optimiser)
-        tensors |= module_tensors("model", self.generator) | {"random": generator_tensor(self.random)}
-        self.checkpoints.save(self.step, tensors, {"optimiser": facts, "curves": self.curves})
+
+class _Grounding:
+    """Made-up histories of growing length; the targets are copies of shown items or drawn by what sells.
+
+    The first half is "draw this one", then "copy one of four", then "copy one of these or draw what sells". Prompts
+    without their condition always learn what sells. All of it is there so that fine-tuning starts with nothing
+    large left to unlearn: otherwise it first forgets how to copy, and takes hundreds of steps to come back.
+    """
+
+    name, fresh, log_every, look_every = "grounding", True, 10, 0
+    advice = "lower sft.grounding_lr"
+
+    def __init__(self, learner: _Learner) -> None:
+        self.learner, config = learner, learner.config
+        self.steps, self.weight_decay = config.grounding_steps, config.weight_decay
+
+    def begin(self) -> None:
+        """Nothing is kept from step to step."""
+
+    def take(self, at: int) -> Step:
+        learner, config, random = self.learner, self.learner.config, self.learner.random
+        done = at / config.grounding_steps
+        k = 1 if done < 0.5 else min(4, config.history) if done < 0.75 else config.history
+        copies = config.grounding_copies if done >= 0.75 else 1.0
+        # Short prompts are cheap, so more of them make a step.
+        count, each = (4 * config.batch, 1) if k == 1 else (config.batch, config.targets)
+        weights = learner.popularity_I.expand(count, -1)
+        shown = torch.multinomial(weights if copies < 1 else torch.ones(count, learner.items), k, generator=random)
+        rank = torch.arange(k, dtype=torch.float64) + 2
+        picks = torch.multinomial((1 / rank).expand(count, -1), each, replacement=True, generator=random)
+        sells = torch.multinomial(weights, each, generator=random)
+        keep = torch.rand(count, generator=random) >= (0.3 if k == 1 else config.condition_dropout)
+        copied = (torch.rand(count, each, generator=random) < copies) & keep[:, None]
+        codes = learner.codes_IL[torch.where(copied, shown.gather(1, picks), sells)]
+        # Grounding keeps its rate: the cosine belongs to what people did.
+        late = at >= config.grounding_steps // 2
+        rate = config.grounding_lr * min(1.0, (at + 1) / 20) * (0.5 if late else 1.0)
+        return learner.step(self, shown, keep, codes, rate, np.arange(count))
+
+    def look(self) -> dict[str, float]:
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing beyond the model."""
+
+
+class _Tuning:
+    """History in, codes of the next basket's items out."""
+
+    # The moments of grounding are kept.
+    name, fresh, log_every = "sft", False, 10
+    advice = "lower sft.lr"
+
+    def __init__(self, learner: _Learner) -> None:
+        self.learner, config = learner, learner.config
+        self.steps, self.weight_decay, self.look_every = config.steps, config.weight_decay, config.valid_every
+
+    def begin(self) -> None:
+        """Nothing is kept from step to step."""
+
+    def take(self, at: int) -> Step:
+        learner, config = self.learner, self.learner.config
+        rows, targets = learner.sampler.draw(config.batch)
+        keep = torch.rand(len(rows), generator=learner.random) >= config.condition_dropout
+        histories, codes = learner.train.favourites_WK[rows], picture_codes(learner.codes_IL, targets)
+        return learner.step(self, histories, keep, codes, config.lr * one_cycle(at, config.steps), rows)
+
+    def look(self) -> dict[str, float]:
+        return self.learner.validate()
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing beyond the model."""
 
 
 def other_users(windows: Windows) -> np.ndarray:
@@ -238,13 +256,3 @@ def other_users(windows: Windows) -> np.ndarray:
     partner = (windows.user_W + max(1, users // 2)) % users
     place = np.arange(len(windows)) - first[windows.user_W]
     return first[partner] + place % count[partner]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat

@@ -6,6 +6,7 @@ and the same sampling seeds every time, so that two looks differ by the policy a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +22,18 @@ from couturier.components.runtime import derived_seed
 _BATCH = 64
 
 
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """How often and how closely to look."""
+
+    every: int = 20
+    """Steps of a method between two looks."""
+    windows: int = 128
+    """The first so many validation windows."""
+    pictures: int = 8
+    """Drawn a window."""
+
+
 class Draws(Protocol):
     """What the watcher needs of a generator; see :meth:`JanusGenerator.sample`."""
 
@@ -33,14 +46,12 @@ class Watch:
     Args:
         ctx: the stage's context; ``sequences`` is read from its inputs.
         codec: what turns codes into pictures.
-        pictures: how many are drawn a window.
-        windows: how many of the first validation windows are used.
     """
 
-    def __init__(self, ctx: StageContext, catalogue: Catalogue, codec: Codec, *, pictures: int, windows: int) -> None:
-        self.codec, self.pictures = codec, pictures
+    def __init__(self, ctx: StageContext, catalogue: Catalogue, codec: Codec, config: WatchConfig) -> None:
+        self.codec, self.pictures = codec, config.pictures
         valid = Windows.load(ctx.inputs["sequences"], "valid")
-        self.rows = np.arange(min(windows, len(valid)))
+        self.rows = np.arange(min(config.windows, len(valid)))
         self.favourites_WK = valid.favourites_WK[self.rows]
         self.seeds = [derived_seed(0, "watch", str(row)) for row in self.rows]
         self.finder = ItemFinder(load_encoder(), catalogue, size=codec.picture_size)

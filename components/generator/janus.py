@@ -44,6 +44,8 @@ from couturier.components.runtime import global_seed
 class GeneratorConfig:
     """Which any-to-any model learns."""
 
+    family: str = "janus"
+    """"janus", or "diffusion": then the settings beside these, ``sft.diffusion``, say what is built."""
     base: str = ""
     """A hub name or folder of a Janus model; empty: a tiny one from the fields below."""
     width: int = 128
@@ -218,13 +220,27 @@ class JanusGenerator(nn.Module):
         logits = self.logits(prompts, codes_UnL).float()
         return -F.cross_entropy(logits.flatten(0, -2), codes_UnL.flatten(), reduction="none").view(codes_UnL.shape)
 
+    def loss(
+        self, favourites_UK: np.ndarray | Tensor, codes_UnL: Tensor, *, keep_U: Tensor, random: torch.Generator
+    ) -> tuple[Tensor, int]:
+        """Nats a code, mean over all, and how many tokens were read. Where ``keep_U`` is False the prompt has no
+        condition. Nothing is random here: ``random`` is what a diffusion generator draws its noise from."""
+        prompts = self.prompts.build(favourites_UK)
+        prompts = prompts.where(keep_U, prompts.unconditional(self.prompts.pad_id))
+        u, n, length = codes_UnL.shape
+        return -self.log_prob(prompts, codes_UnL).mean(), prompts.ids_UP.numel() + u * n * (length - 1)
+
     @torch.no_grad()
-    def nll(self, favourites_UK: np.ndarray | Tensor, codes_UL: Tensor, *, unconditional: bool = False) -> Tensor:
-        """Nats a picture ``[U]`` of codes ``[U, L]`` after each history (or with no condition)."""
+    def nats(self, favourites_UK: np.ndarray | Tensor, codes_UnL: Tensor, *, unconditional: bool = False) -> Tensor:
+        """Nats a picture ``[U, n]`` of codes ``[U, n, L]`` after each history (or with no condition)."""
         prompts = self.prompts.build(favourites_UK)
         if unconditional:
             prompts = prompts.unconditional(self.prompts.pad_id)
-        return -self.log_prob(prompts, codes_UL[:, None]).sum((1, 2))
+        return -self.log_prob(prompts, codes_UnL).sum(-1)
+
+    def nll(self, favourites_UK: np.ndarray | Tensor, codes_UL: Tensor, *, unconditional: bool = False) -> Tensor:
+        """Nats a picture ``[U]``; see :meth:`nats`."""
+        return self.nats(favourites_UK, codes_UL[:, None], unconditional=unconditional)[:, 0]
 
     @torch.no_grad()
     def sample(

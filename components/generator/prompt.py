@@ -82,6 +82,10 @@ class Prompts:
             position_UP=self.position_UP,
         )
 
+    def rows(self, some: slice) -> Prompts:
+        """Some of the prompts."""
+        return Prompts(**{name: value[some] for name, value in vars(self).items()})
+
     def where(self, keep_U: Tensor, other: Prompts) -> Prompts:
         """Row by row: this one where ``keep_U``, else ``other`` (same shapes)."""
         k = keep_U[:, None]

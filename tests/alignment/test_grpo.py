@@ -1,21 +1,25 @@
-"""The update rule on two actions, the reward going up on a planted world, and a killed run ending on the same bits."""
+"""The update rule on two actions, its options, the reward going up on a planted world, a killed run's bits."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from couturier.components.alignment import grpo, rewards, sft
+from couturier.components.alignment import align, rewards, sft
 from couturier.components.alignment.distil import DistilConfig
-from couturier.components.alignment.grpo import policy_loss
+from couturier.components.alignment.grpo import Grpo, GrpoConfig, policy_loss
+from couturier.components.alignment.guards import Guards
 from couturier.components.alignment.prospect import ProspectConfig
 from couturier.components.alignment.rewards import Weights, advantages
-from couturier.components.generator.janus import GeneratorConfig
+from couturier.components.alignment.watch import Watch, WatchConfig
+from couturier.components.generator.janus import GeneratorConfig, JanusGenerator
 from couturier.components.interest import fit
 from couturier.components.lineage.checkpoints import Checkpoints
 
@@ -28,30 +32,31 @@ INPUTS = {
     "judge": "rl-judge",
     "sft": "rl-sft",
 }
-CONFIG = grpo.Config(
+OFF = Guards(kl_nats=0, entropy_nats=0, distinct=0, copied=0, zero_variance_groups=0, watch_tolerance=0)
+CONFIG = align.Config(
     threads=1,
     prospect=ProspectConfig(windows=60, others_share=0.5),
     distil=DistilConfig(steps=12, prompts=8, targets=3, copies=0.3),
-    steps=18,
-    prompts=8,
-    group=4,
-    lr=1e-3,
-    kl=0.01,
-    warm_up_steps=2,
+    grpo=GrpoConfig(steps=18, prompts=8, group=4, lr=1e-3, kl=0.01, warm_up_steps=2),
     checkpoint_every=6,
-    watch_every=12,
-    watch_windows=8,
-    watch_pictures=2,
-    watch_tolerance=0.0,
+    watch=WatchConfig(every=12, windows=8, pictures=2),
+    guards=OFF,
 )
+
+
+RL_ALONE = dataclasses.replace(CONFIG, distil=DistilConfig(steps=0))
+
+
+def with_grpo(config: align.Config = CONFIG, **changes: Any) -> align.Config:
+    return dataclasses.replace(config, grpo=dataclasses.replace(config.grpo, **changes))
 
 
 def test_the_update_moves_probability_towards_the_better_action() -> None:
     logits = torch.zeros(2, requires_grad=True)
     lp = logits.log_softmax(0)[torch.tensor([[[0], [1]]])]
     advantage = advantages(torch.tensor([[1.0, 0.0]]))
-    loss, _ = policy_loss(lp, lp.detach(), advantage, kl=0.0)
-    loss.backward()
+    loss, _ = policy_loss(lp, lp.detach(), lp.detach(), advantage, kl=0.0)
+    loss.mean().backward()
     assert logits.grad is not None
     assert logits.grad[0] < 0 < logits.grad[1]
 
@@ -60,20 +65,20 @@ def test_equal_rewards_give_no_gradient_but_the_pull_to_the_reference() -> None:
     logits = torch.tensor([1.0, 0.0], requires_grad=True)
     lp = logits.log_softmax(0)[torch.tensor([[[0], [1]]])]
     equal = advantages(torch.tensor([[0.7, 0.7]]))
-    loss, k3 = policy_loss(lp, lp.detach(), equal, kl=1.0)
-    loss.backward()
+    loss, k3 = policy_loss(lp, lp.detach(), lp.detach(), equal, kl=1.0)
+    loss.mean().backward()
     assert logits.grad is not None and logits.grad.abs().max() < 1e-7
     assert k3.abs().max() < 1e-7
     logits.grad = None
     reference = torch.zeros(2).log_softmax(0)[torch.tensor([[[0], [1]]])]
     lp = logits.log_softmax(0)[torch.tensor([[[0], [1]]])]
-    policy_loss(lp, reference, equal, kl=1.0)[0].backward()
+    policy_loss(lp, lp.detach(), reference, equal, kl=1.0)[0].mean().backward()
     assert logits.grad is not None and logits.grad[0] > 0  # back towards one half
 
 
 def test_the_kl_estimate_is_never_negative() -> None:
     lp, reference = torch.randn(2, 50, 3), torch.randn(2, 50, 3)
-    assert policy_loss(lp, reference, torch.zeros(2, 50), kl=1.0)[1].min() >= 0
+    assert policy_loss(lp, lp, reference, torch.zeros(2, 50), kl=1.0)[1].min() >= 0
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +103,7 @@ def started(world: Path) -> Path:
 @pytest.fixture(scope="module")
 def aligned(started: Path) -> tuple[Path, dict]:
     ctx = context(started, "rl", CONFIG, INPUTS)
-    grpo.run(ctx)
+    align.run(ctx)
     return ctx.out, ctx.facts
 
 
@@ -110,10 +115,9 @@ def test_a_planted_reward_is_learned(started: Path, monkeypatch: pytest.MonkeyPa
         lambda rollout, _: (rollout.nearest_Un % 2 == 0).float(),
     )
     only = Weights(coverage=1, slate=0, judge=0, future=0, copying=0, validity=0, dissimilarity=0)
-    rl_alone = dataclasses.replace(CONFIG, distil=DistilConfig(steps=0))
-    config = dataclasses.replace(rl_alone, steps=30, group=8, lr=2e-3, watch_every=30, weights=only)
+    config = with_grpo(dataclasses.replace(RL_ALONE, weights=only), steps=30, group=8, lr=2e-3)
     ctx = context(started, "rl-planted", config, INPUTS)
-    grpo.run(ctx)
+    align.run(ctx)
     curves = pl.read_parquet(ctx.out / "curves.parquet")
     reward = curves.filter(pl.col("name") == "reward").sort("step")["value"].to_numpy()
     assert reward[:3].mean() < 0.65
@@ -131,7 +135,7 @@ def test_every_term_is_logged(aligned: tuple[Path, dict]) -> None:
         "zero_variance_groups",
         "watch_basket_precision",
     } <= names
-    assert aligned[1]["steps"] == CONFIG.distil.steps + CONFIG.steps
+    assert aligned[1]["steps"] == CONFIG.distil.steps + CONFIG.grpo.steps
 
 
 def test_imitation_brings_the_policy_closer_to_what_is_wanted(started: Path) -> None:
@@ -140,28 +144,28 @@ def test_imitation_brings_the_policy_closer_to_what_is_wanted(started: Path) -> 
     ctx = context(
         started,
         "rl-imitation",
-        dataclasses.replace(CONFIG, distil=distil, steps=0),
+        with_grpo(dataclasses.replace(CONFIG, distil=distil), steps=0),
         INPUTS,
     )
-    trainer = grpo._Trainer(ctx, ctx.config)
+    loop, scene = align.prepare(ctx, ctx.config)
     one = torch.nn.functional.one_hot(torch.tensor([7]), 30).float()
-    trainer.wanted = lambda rows: one.expand(len(rows), -1)  # type: ignore[method-assign]
-    trainer.fit()
-    codes = trainer.policy.eval().sample(trainer.train.favourites_WK[:20], 4, seeds=list(range(20)))
-    shown = trainer.book.nearest[trainer.book.look(codes.flatten(0, 1))]
+    scene.wanted = lambda rows: one.expand(len(rows), -1)  # type: ignore[method-assign]
+    loop.run()
+    codes = scene.policy.eval().sample(scene.history(np.arange(20)), 4, seeds=list(range(20)))
+    shown = scene.book.nearest[scene.book.look(codes.flatten(0, 1))]
     assert (shown == 7).float().mean() > 0.8
-    nats = [value for _, name, value in trainer.curves if name == "distil_nats"]
+    nats = [value for _, name, value in loop.curves if name == "distil_nats"]
     assert nats[-1] < 0.5 * nats[0]
-    assert trainer.reference is None
+    assert [phase.name for phase in loop.phases] == ["imitation"]
 
 
 @pytest.mark.parametrize("step", [4, 10, 13, 15, 29])
 def test_kill_and_resume_gives_the_same_bits(started: Path, aligned: tuple[Path, dict], step: int) -> None:
     name = f"rl-killed-{step}"
     with pytest.raises(Killed):
-        grpo.run(context(started, name, CONFIG, INPUTS, progress=KillAt(step)))
+        align.run(context(started, name, CONFIG, INPUTS, progress=KillAt(step)))
     again = context(started, name, CONFIG, INPUTS)
-    grpo.run(again)
+    align.run(again)
     expected = load_file(aligned[0] / "model" / "model.safetensors")
     found = load_file(again.out / "model" / "model.safetensors")
     assert all(torch.equal(expected[key], found[key]) for key in expected)
@@ -180,24 +184,77 @@ def test_a_torn_checkpoint_is_skipped(started: Path, tmp_path: Path, caplog: pyt
     assert "skipped" in caplog.text
 
 
-class FallingWatch:
-    """An encoder that sees the pictures get worse from look to look."""
-
-    def __init__(self, *_: object, **__: object) -> None:
-        self.seen = 0.5
-
-    def look(self, _: object) -> dict[str, float]:
-        self.seen *= 0.8
-        return {"watch_basket_precision": self.seen}
-
-
 def test_the_run_stops_when_the_independent_encoder_sees_pictures_drift(
     started: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grpo, "Watch", FallingWatch)
-    config = dataclasses.replace(CONFIG, distil=DistilConfig(steps=0), watch_every=3, watch_tolerance=0.3)
+    seen = iter([0.4, 0.32, 0.26])
+    monkeypatch.setattr(Watch, "look", lambda *_: {"watch_basket_precision": next(seen)})
+    config = dataclasses.replace(
+        RL_ALONE, watch=WatchConfig(every=3, windows=2), guards=dataclasses.replace(OFF, watch_tolerance=0.3)
+    )
     ctx = context(started, "rl-stopped", config, INPUTS)
-    grpo.run(ctx)
+    align.run(ctx)
     # 0.40 at the start, 0.32 after three steps, 0.26 after six: below 0.7 of the best.
     assert ctx.facts["steps"] == 6
     assert ctx.facts["stopped"].startswith("stopped at step 6: under the independent encoder")
+
+
+def test_a_broken_rule_stops_the_run_and_is_named(started: Path) -> None:
+    config = dataclasses.replace(RL_ALONE, guards=dataclasses.replace(OFF, window=4, distinct=1.0))
+    ctx = context(started, "rl-guarded", config, INPUTS)
+    align.run(ctx)
+    assert ctx.facts["steps"] == 4
+    assert "distinct" in ctx.facts["stopped"] and "rl.guards.distinct=1" in ctx.facts["stopped"]
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "several updates, clipped": {"updates": 3, "lr": 3e-3},
+    "guided rollouts, guided gradient": {"guidance": 1.5},
+    "no standard deviation, no KL, groups that agree left out": {
+        "advantage_by_std": False,
+        "kl": 0.0,
+        "drop_zero_variance": True,
+    },
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_learns_and_resumes_to_the_same_bits(started: Path, name: str) -> None:
+    config = with_grpo(RL_ALONE, **OPTIONS[name], steps=8)
+    config = dataclasses.replace(config, checkpoint_every=4 if config.grpo.updates == 1 else 5)
+    whole = context(started, f"rl-{name}", config, INPUTS)
+    align.run(whole)
+    with pytest.raises(Killed):
+        align.run(context(started, f"rl-{name}-killed", config, INPUTS, progress=KillAt(6)))
+    again = context(started, f"rl-{name}-killed", config, INPUTS)
+    align.run(again)
+    a, b = (load_file(ctx.out / "model" / "model.safetensors") for ctx in (whole, again))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    before = load_file(started / "rl-sft" / "model" / "model.safetensors")
+    assert any(not torch.equal(a[key], before[key]) for key in a)
+    assert whole.facts == again.facts
+    assert (whole.facts["clipped"] > 0) == (config.grpo.updates > 1)
+
+
+def test_a_clipped_ratio_earns_nothing_more() -> None:
+    lp = torch.tensor([[[0.5, -0.5, 0.0]]], requires_grad=True)
+    advantage = torch.ones(1, 1)
+    loss, _ = policy_loss(lp, torch.zeros(1, 1, 3), torch.zeros(1, 1, 3), advantage, kl=0.0, clip=(0.2, 0.2))
+    loss.sum().backward()
+    assert lp.grad is not None
+    # Ratios 1.65, 0.61 and 1: only the first is beyond what counts in its favour.
+    assert lp.grad[0, 0, 0] == 0 and lp.grad[0, 0, 1] < 0 and lp.grad[0, 0, 2] < 0
+
+
+def test_guided_rollouts_are_as_likely_as_the_gradient_says(started: Path) -> None:
+    """Importance ratios to the guided sampler are 1 at the first update, and differ from the unguided ones."""
+    config = with_grpo(RL_ALONE, guidance=2.0, steps=1, kl=0.0)
+    loop, scene = align.prepare(context(started, "rl-guided-once", config, INPUTS), config)
+    loop.run()
+    phase = loop.phases[0]
+    assert isinstance(phase, Grpo) and phase.batch is not None and phase.batch.old_UnL is not None
+    scene.policy.load_state_dict(JanusGenerator.load(started / "rl-sft" / "model").state_dict())
+    prompts = scene.policy.prompts.build(scene.history(phase.batch.rows))
+    with torch.no_grad():
+        plain = scene.policy.log_prob(prompts, phase.batch.codes_UnL)
+    assert phase.batch.old_UnL.mean() > plain.mean() + 0.01

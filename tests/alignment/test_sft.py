@@ -80,5 +80,5 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_what_to_do(world: Path)
     import dataclasses
 
     wild = dataclasses.replace(CONFIG, grounding_lr=1e30, lr=1e30, clip=1e30)
-    with pytest.raises(TrainingError, match=r"lower sft\.lr"):
+    with pytest.raises(TrainingError, match=r"lower sft\.grounding_lr"):
         sft.run(context(world, "sft-wild", wild, INPUTS))

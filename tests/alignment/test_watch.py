@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from couturier.components.alignment.watch import Watch
+from couturier.components.alignment.watch import Watch, WatchConfig
 from couturier.components.data.formats import Catalogue, Windows
 from couturier.components.generator.codec import PatchVQConfig, load_codec
 from couturier.components.generator.tokenise import Config, pictures, run
@@ -76,7 +76,7 @@ def watch_and_codes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Watch, to
     run(ctx)
     codec = load_codec(root / "codec")
     codes_IL = codec.encode(pictures(catalogue, SIDE))
-    return Watch(ctx, catalogue, codec, pictures=PICTURES, windows=5), codes_IL
+    return Watch(ctx, catalogue, codec, WatchConfig(pictures=PICTURES, windows=5)), codes_IL
 
 
 def test_what_comes_next_copies_and_neither_are_told_apart(watch_and_codes: tuple[Watch, torch.Tensor]) -> None:
@@ -111,5 +111,5 @@ def test_no_validation_user_is_no_figure(watch_and_codes: tuple[Watch, torch.Ten
         scratch=tmp_path,
         workspace=Workspace(project=tmp_path, root=tmp_path),
     )
-    nobody = Watch(ctx, catalogue, watch.codec, pictures=PICTURES, windows=0)
+    nobody = Watch(ctx, catalogue, watch.codec, WatchConfig(pictures=PICTURES, windows=0))
     assert set(nobody.look(Planted(codes, 2)).values()) == {0.0}

@@ -1,0 +1,99 @@
+"""Stage ``rl``: the generator is aligned with what people take, by one of several methods, over one loop.
+
+    rl.method=grpo       imitation of a known optimum, then group-relative policy optimisation (the default)
+
+Every method starts from the fine-tuned model, sees the same windows and the same judge, and is watched by an encoder
+that no reward has seen. What differs is in each method's own file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from couturier.components.alignment.distil import DistilConfig
+from couturier.components.alignment.grpo import Grpo, GrpoConfig
+from couturier.components.alignment.guards import Guards, Watchman
+from couturier.components.alignment.imitation import Imitation
+from couturier.components.alignment.loop import Loop, LoopConfig, Phase
+from couturier.components.alignment.prospect import ProspectConfig
+from couturier.components.alignment.rewards import Weights
+from couturier.components.alignment.scene import Scene
+from couturier.components.alignment.watch import Watch, WatchConfig
+from couturier.components.errors import ConfigError
+from couturier.components.lineage.stages import StageContext
+from couturier.components.runtime import threads
+from couturier.components.together import rank, told
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Which method, and what all of them share."""
+
+    seed: int = 0
+    threads: int = 2
+    method: str = "grpo"
+    prospect: ProspectConfig = field(default_factory=ProspectConfig)
+    distil: DistilConfig = field(default_factory=DistilConfig)
+    """The imitation before GRPO."""
+    weights: Weights = field(default_factory=Weights)
+    """Of the reward's terms."""
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    guards: Guards = field(default_factory=Guards)
+    clip: float = 1.0
+    checkpoint_every: int = 25
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ConfigError(f"rl.method is {self.method!r}; choose one of {', '.join(METHODS)}.")
+
+
+def _grpo(scene: Scene, config: Config, watch: Watch) -> list[Phase]:
+    return [
+        Imitation(scene, config.distil, watch),
+        Grpo(scene, config.grpo, watch, look_every=config.watch.every),
+    ]
+
+
+METHODS: dict[str, Callable[[Scene, Config, Watch], list[Phase]]] = {"grpo": _grpo}
+"""The phases of each method, by name."""
+
+
+def run(ctx: StageContext) -> None:
+    """``sequences``, ``tokenise``, ``judge``, ``sft`` → ``model/``, ``curves.parquet``; facts: the last figures."""
+    config: Config = ctx.config
+    with threads(config.threads):
+        loop, scene = prepare(ctx, config)
+        loop.run()
+        if rank() > 0:
+            return
+        scene.policy.eval().save(ctx.out / "model")
+    loop.save_curves(ctx.out)
+    ctx.facts.update(loop.last())
+    ctx.facts["parameters"] = sum(p.numel() for p in loop.parameters)
+    ctx.facts.update(method=config.method, steps=loop.step, stopped=loop.stopped or "all steps done")
+
+
+def prepare(ctx: StageContext, config: Config) -> tuple[Loop, Scene]:
+    """The loop of the configured method, at its first step or where its newest checkpoint left it."""
+    scene = Scene(ctx, seed=config.seed, weights=config.weights, distil=config.distil, prospect=config.prospect)
+    watch = Watch(ctx, scene.catalogue, scene.codec, config.watch)
+    watchman = Watchman(config.guards)
+    parameters = scene.policy.parameters_to_train()
+    loop = Loop(
+        ctx,
+        "rl",
+        scene.policy,
+        parameters,
+        METHODS[config.method](scene, config, watch),
+        scene.random,
+        LoopConfig(clip=config.clip, checkpoint_every=config.checkpoint_every),
+        keepers={"prospect": scene, "guards": watchman},
+        guard=watchman,
+    )
+    if loop.step == 0:
+        before = told(lambda: watch.look(scene.policy.eval()))
+        loop.log(before)
+        watchman.reason_to_stop(0, before)
+    return loop, scene

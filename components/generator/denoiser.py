@@ -1,0 +1,229 @@
+"""The denoiser of the diffusion family: which code stands at each place of a noisy picture?
+
+It works on the codec's code vectors, standardised over the catalogue, along the straight path of rectified flow
+x = (1 - s) * vectors + s * noise (Liu et al., arXiv 2209.03003; Lipman et al., arXiv 2210.02747). Since the data are
+code vectors, it names codes: its estimate of the clean picture is the expected code vector, and it learns by
+cross-entropy (CDCD, Dieleman et al., arXiv 2211.15089). That every place's own noisy vector speaks for codes by its
+Gaussian density, and that the transformer adds only what the other places and the person say, is ours. So is reading
+one token a history picture (the mean over its patches).
+
+Nearly all of a picture is decided while the noise is much stronger than the signal (a thousand tiles lie far apart in
+hundreds of dimensions), so steps and training are shifted towards noise, as Stable Diffusion 3 does for large pictures
+(Esser et al., arXiv 2403.03206, section 5.3.2).
+
+Legend: U users, n pictures a user, N = U * n, L codes a picture, K codebook entries, D code width, I items,
+F understanding features, S condition tokens, W width, E user tokens, g edge of the grid of codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import PixArtTransformer2DModel
+from torch import Tensor, nn
+
+from couturier.components.errors import ConfigError
+
+_EDGE = 1e-3  # of the noise levels: no training at exactly no noise or nothing but noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """The shape of the denoiser, and how it draws."""
+
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    history: int = 12
+    """Favourites it looks at."""
+    steps: int = 16
+    """Calls of the denoiser a picture."""
+    shift: float = 6.0
+    """How far steps and training lean towards noise; 1 is even in the path's time."""
+    nats_levels: int = 16
+    """Noise levels over which :meth:`DiffusionGenerator.nats` integrates."""
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or min(self.width, self.layers, self.heads, self.history, self.steps) < 1:
+            raise ConfigError(f"{self} does not work: all must be at least 1 and width a multiple of heads.")
+        if self.shift <= 0 or self.nats_levels < 1:
+            raise ConfigError(f"shift is {self.shift} and nats_levels {self.nats_levels}; both must be above 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """What the denoiser knows of each row: tokens_NSW, mask_NS True where a token counts, users_NEW or None."""
+
+    tokens_NSW: Tensor
+    mask_NS: Tensor
+    users_NEW: Tensor | None = None
+
+    def repeat(self, n: int) -> Condition:
+        """Every row ``n`` times, one after the other."""
+        return self._each(lambda x: x.repeat_interleave(n, 0))
+
+    def beside(self, other: Condition) -> Condition:
+        """This one's rows, then the other's."""
+        users = None
+        if self.users_NEW is not None and other.users_NEW is not None:
+            users = torch.cat([self.users_NEW, other.users_NEW])
+        return Condition(
+            tokens_NSW=torch.cat([self.tokens_NSW, other.tokens_NSW]),
+            mask_NS=torch.cat([self.mask_NS, other.mask_NS]),
+            users_NEW=users,
+        )
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Condition:
+        users = None if self.users_NEW is None else change(self.users_NEW)
+        return Condition(tokens_NSW=change(self.tokens_NSW), mask_NS=change(self.mask_NS), users_NEW=users)
+
+
+class Denoiser(nn.Module):
+    """A diffusion transformer of diffusers over code vectors, conditioned on a person's history.
+
+    Args:
+        features_IF: understanding features of the catalogue.
+        codebook_KD: the codec's code vectors, standardised.
+        codes: L.
+    """
+
+    features_IF: Tensor
+    codebook_KD: Tensor
+
+    def __init__(self, config: DiffusionConfig, features_IF: Tensor, codebook_KD: Tensor, *, codes: int) -> None:
+        super().__init__()
+        self.config, self.codes_per_picture = config, codes
+        self.edge = int(codes**0.5)
+        if self.edge**2 != codes:
+            raise ConfigError(f"the codec makes {codes} codes a picture; the denoiser needs a square grid of them.")
+        self.register_buffer("features_IF", features_IF, persistent=False)
+        self.register_buffer("codebook_KD", codebook_KD, persistent=False)
+        (k, d), w = codebook_KD.shape, config.width
+        self.dit = PixArtTransformer2DModel(
+            num_attention_heads=config.heads,
+            attention_head_dim=w // config.heads,
+            in_channels=d,
+            out_channels=k,
+            num_layers=config.layers,
+            cross_attention_dim=w,
+            sample_size=self.edge,
+            patch_size=1,
+        )
+        nn.init.zeros_(self.dit.proj_out.weight)
+        nn.init.zeros_(self.dit.proj_out.bias)
+        self.look = nn.Sequential(nn.LayerNorm(features_IF.shape[1]), nn.Linear(features_IF.shape[1], w))
+        self.place_SW = nn.Parameter(torch.randn(config.history, w) * 0.1)
+        self.always_W = nn.Parameter(torch.randn(w))
+
+    def condition(
+        self, favourites_UK: np.ndarray | Tensor, *, keep_U: Tensor | None = None, users_UEW: Tensor | None = None
+    ) -> Condition:
+        """What is known of each user, histories int ``[U, K]`` (-1: nothing). Where ``keep_U`` is False, nothing is.
+
+        Raises:
+            ConfigError: an item index outside the catalogue.
+        """
+        items = torch.from_numpy(np.array(favourites_UK, np.int64))[:, : self.config.history]
+        if items.numel() and int(items.max()) >= len(self.features_IF):
+            raise ConfigError(
+                f"item index {int(items.max())} is outside the catalogue of {len(self.features_IF)} items."
+            )
+        items = items.to(self.features_IF.device)
+        real = items >= 0
+        if keep_U is not None:
+            real = real & keep_U[:, None].to(real.device)
+            users_UEW = None if users_UEW is None else users_UEW * keep_U[:, None, None].to(users_UEW.dtype)
+        shown = self.look(self.features_IF[items.clamp_min(0)]) + self.place_SW[: items.shape[1]]
+        always = self.always_W.expand(len(items), 1, -1)
+        return Condition(
+            tokens_NSW=torch.cat([always, shown], 1),
+            mask_NS=torch.cat([real.new_ones(len(items), 1), real], 1),
+            users_NEW=users_UEW,
+        )
+
+    def logits(self, x_NLD: Tensor, time_N: Tensor, condition: Condition) -> Tensor:
+        """Log-probabilities, up to a constant, of each code at each place, ``[N, L, K]``.
+
+        Args:
+            x_NLD: noisy code vectors;  time_N: in (0, 1], the share of the way to noise before the shift.
+        """
+        level_N = self.noise_level(time_N)
+        users = condition.users_NEW
+        out_NKgg = self.dit(
+            x_NLD.transpose(1, 2).unflatten(2, (self.edge, self.edge)),
+            encoder_hidden_states=condition.tokens_NSW,
+            timestep=time_N * 1000,
+            encoder_attention_mask=condition.mask_NS,
+            cross_attention_kwargs=None if users is None else {"ip_hidden_states": users},
+            return_dict=False,
+        )[0]
+        return out_NKgg.flatten(2).transpose(1, 2) + self._own_evidence(x_NLD, level_N[:, None, None])
+
+    def noise_level(self, time_N: Tensor) -> Tensor:
+        """Share of noise s along the path: ``shift * t / (1 + (shift - 1) * t)``, as the scheduler has it."""
+        shift = self.config.shift
+        return shift * time_N / (1 + (shift - 1) * time_N)
+
+    def _own_evidence(self, x_NLD: Tensor, s_N11: Tensor) -> Tensor:
+        """Log density of a noisy vector under each code, less what all codes share: ``[N, L, K]``."""
+        signal = 1 - s_N11
+        cross = x_NLD @ self.codebook_KD.T * signal
+        return (cross - 0.5 * signal.square() * self.codebook_KD.square().sum(1)) / s_N11.square().clamp_min(1e-6)
+
+    def denoise(self, x_NLD: Tensor, time_N: Tensor, condition: Condition) -> Tensor:
+        """The expected clean vectors ``[N, L, D]``."""
+        return self.logits(x_NLD, time_N, condition).softmax(-1) @ self.codebook_KD
+
+    def loss(
+        self, favourites_UK: np.ndarray | Tensor, codes_UnL: Tensor, *, keep_U: Tensor, random: torch.Generator
+    ) -> tuple[Tensor, int]:
+        """Cross-entropy in nats a code, mean over noise levels (a denoising loss), and how many tokens were read.
+
+        Args:
+            keep_U: False where the condition is dropped, for guidance.
+            random: noise and levels come from it.
+        """
+        n = codes_UnL.shape[1]
+        codes_NL = codes_UnL.flatten(0, 1)
+        time_N = times(len(codes_NL), random)
+        x_NLD = self.add_noise(self.codebook_KD[codes_NL], self._noise(codes_NL, random), time_N)
+        condition = self.condition(favourites_UK, keep_U=keep_U).repeat(n)
+        loss = F.cross_entropy(self.logits(x_NLD, time_N, condition).flatten(0, 1), codes_NL.flatten())
+        return loss, codes_NL.numel() + condition.mask_NS.numel()
+
+    def _noise(self, codes_NL: Tensor, random: torch.Generator) -> Tensor:
+        return torch.randn(*codes_NL.shape, self.codebook_KD.shape[1], generator=random)
+
+    def add_noise(self, clean_NLD: Tensor, noise_NLD: Tensor, time_N: Tensor) -> Tensor:
+        """A point of the path between pictures and noise."""
+        s = self.noise_level(time_N)[:, None, None]
+        return (1 - s) * clean_NLD + s * noise_NLD
+
+    def error_nats(self, codes_NL: Tensor, noise_NLD: Tensor, time_N: Tensor, condition: Condition) -> Tensor:
+        """One-sample estimate ``[N]`` of how many nats each picture costs, from the error at one level of noise.
+
+        -log P(x) is half the integral of the squared error of the best denoiser over the signal-to-noise ratio r, for
+        discrete x without remainder (pointwise in Kong et al., arXiv 2302.03792, after Guo et al. 2005); those of any
+        other denoiser lie above. With r = ((1 - t) / (shift * t))^2, dr = 2 r / (t (1 - t)) dt.
+        """
+        x_NLD = self.add_noise(self.codebook_KD[codes_NL], noise_NLD, time_N)
+        missed_N = (self.denoise(x_NLD, time_N, condition) - self.codebook_KD[codes_NL]).square().sum((1, 2))
+        ratio_N = ((1 - time_N) / (self.config.shift * time_N)).square()
+        return ratio_N * missed_N / (time_N * (1 - time_N))
+
+
+def times(count: int, random: torch.Generator) -> Tensor:
+    """Noise levels for a batch, one in every ``1 / count`` of the way and in random order, so that every batch covers
+    all levels (Kingma et al., arXiv 2107.00630, appendix I.1); ``[count]`` in (0, 1).
+
+    Example:
+        >>> found = times(4, torch.Generator().manual_seed(0))
+        >>> (found.sort().values * 4).long().tolist()
+        [0, 1, 2, 3]
+    """
+    spots = (torch.randperm(count, generator=random) + torch.rand(1, generator=random)) / count
+    return spots.clamp(_EDGE, 1 - _EDGE)
