@@ -63,7 +63,8 @@ class CreditConfig:
     """Codes; who looks further back counts as this. 0: the picture's side + 2, just beyond the codes that touch in the
     picture, which is the paper's 10 where a picture is 8 x 8 codes."""
     near: int = 0
-    """Codes from a code to the first later one whose look counts. 0: as ``window`` (the paper's 10)."""
+    """Codes from a code to the first later one whose look counts. 0: as ``window`` (the paper's 10), but at most half
+    the picture."""
     far: int = 0
     """Codes to the last one whose look counts. 0: five times ``near`` (the paper's 50)."""
     reach: int = 3
@@ -90,15 +91,20 @@ class CreditConfig:
         if wrong:
             raise ConfigError(f"credit: {'; '.join(wrong)}. Leave the defaults, which are the paper's.")
 
+    @property
+    def looks(self) -> bool:
+        """Whether it takes a pass of the policy over what was drawn."""
+        return self.kind not in ("uniform", "random")
+
     def distances(self, length: int) -> tuple[int, int, int]:
         """Window, near and far for pictures of that many codes.
 
         Example:
-            >>> CreditConfig().distances(64), CreditConfig().distances(16), CreditConfig(window=4).distances(16)
-            ((10, 10, 50), (6, 6, 30), (4, 4, 20))
+            >>> CreditConfig().distances(64), CreditConfig().distances(16), CreditConfig().distances(4)
+            ((10, 10, 50), (6, 6, 30), (4, 2, 10))
         """
         window = self.window or math.isqrt(length - 1) + 3
-        near = self.near or window
+        near = self.near or max(1, min(window, length // 2))
         return window, near, self.far or 5 * near
 
 

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from couturier.components.alignment.credit import CreditConfig, credited
 from couturier.components.alignment.loop import Step
 from couturier.components.alignment.rewards import advantages, score
 from couturier.components.alignment.scene import Scene
@@ -59,6 +60,8 @@ class GrpoConfig:
     update a batch (asymmetric as in DAPO, arXiv 2503.14476)."""
     drop_zero_variance: bool = False
     """Leave groups whose pictures all earn the same out of the mean, KL included (DAPO's filter)."""
+    credit: CreditConfig = field(default_factory=CreditConfig)
+    """Which codes of a picture that earned much count more; evenly by default."""
 
     def __post_init__(self) -> None:
         if self.updates < 1 or self.group < 2:
@@ -105,6 +108,7 @@ class _Batch:
     old_UnL: Tensor | None
     reference_UnL: Tensor | None
     advantage_Un: Tensor
+    """Or ``[U, n, L]``, where codes share it unevenly."""
     values: dict[str, float]
 
 
@@ -177,7 +181,7 @@ class Grpo:
             },
             note=f"reward {batch.values['reward']:.2f}",
             tokens=read,
-            drawn=read * (fresh + bool(config.kl and fresh)),
+            drawn=read * fresh * (1 + bool(config.kl) + config.credit.looks),
             pictures=u * n * fresh,
         )
 
@@ -189,13 +193,20 @@ class Grpo:
         )
         rollout = scene.rollout(rows, codes_UnL)
         reward_Un, terms = score(rollout, scene.weights)
+        advantage, shares = credited(
+            scene.policy,
+            scene.policy.prompts.build(scene.history(rows)),
+            codes_UnL,
+            advantages(reward_Un, by_std=config.advantage_by_std),
+            config.credit,
+        )
         return _Batch(
             rows=rows,
             codes_UnL=codes_UnL,
             old_UnL=None,
             reference_UnL=None,
-            advantage_Un=advantages(reward_Un, by_std=config.advantage_by_std),
-            values=scene.describe(rollout, reward_Un, terms),
+            advantage_Un=advantage,
+            values=scene.describe(rollout, reward_Un, terms) | shares,
         )
 
     def _logits(self, policy: JanusGenerator, prompts: Prompts, batch: _Batch) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from couturier.components.alignment import align, rewards, sft
+from couturier.components.alignment.credit import CreditConfig
 from couturier.components.alignment.distil import DistilConfig
 from couturier.components.alignment.grpo import Grpo, GrpoConfig, policy_loss
 from couturier.components.alignment.guards import Guards
@@ -215,6 +216,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "kl": 0.0,
         "drop_zero_variance": True,
     },
+    "credit to codes that others follow": {"credit": CreditConfig(kind="coupled", gamma=3.0)},
 }
 
 
@@ -234,6 +236,26 @@ def test_every_option_learns_and_resumes_to_the_same_bits(started: Path, name: s
     assert any(not torch.equal(a[key], before[key]) for key in a)
     assert whole.facts == again.facts
     assert (whole.facts["clipped"] > 0) == (config.grpo.updates > 1)
+
+
+def test_credit_that_stresses_nothing_is_plain_to_the_bit(started: Path) -> None:
+    """And credit that stresses anchors is not; how much it stresses is in the curves."""
+    found = {}
+    for name, credit in {
+        "plain": CreditConfig(),
+        "gamma 1": CreditConfig(kind="anchor", gamma=1.0),
+        "anchor": CreditConfig(kind="anchor"),
+    }.items():
+        ctx = context(started, f"rl-credit-{name}", with_grpo(RL_ALONE, steps=4, credit=credit), INPUTS)
+        align.run(ctx)
+        found[name] = (load_file(ctx.out / "model" / "model.safetensors"), ctx.facts)
+    (plain, facts), (ones, _), (anchor, stressed) = found.values()
+    assert all(torch.equal(plain[key], ones[key]) for key in plain)
+    assert any(not torch.equal(plain[key], anchor[key]) for key in plain)
+    assert "credit_share" not in facts
+    # Two of four codes, of pictures that earned more than their group.
+    assert 0 < stressed["credit_share"] < 0.5
+    assert stressed["credit_weight"] == pytest.approx(1.25)
 
 
 def test_a_clipped_ratio_earns_nothing_more() -> None:
