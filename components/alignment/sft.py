@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,14 +22,15 @@ from couturier.components.alignment.loop import Loop, LoopConfig, Phase, Step
 from couturier.components.data.formats import Catalogue, Windows
 from couturier.components.errors import ConfigError
 from couturier.components.generator.codec import load_codec
-from couturier.components.generator.denoiser import DiffusionConfig
-from couturier.components.generator.diffusion import DiffusionGenerator
 from couturier.components.generator.janus import GeneratorConfig, JanusGenerator
 from couturier.components.generator.tokenise import load_eyes, one_cycle
-from couturier.components.generator.types import FAMILIES
+from couturier.components.generator.types import FAMILIES, DiffusionConfig
 from couturier.components.lineage.stages import StageContext
 from couturier.components.runtime import seeded, threads
 from couturier.components.together import rank, share
+
+if TYPE_CHECKING:
+    from couturier.components.generator.diffusion import DiffusionGenerator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +110,8 @@ def build_generator(config: Config, ctx: StageContext, catalogue: Catalogue) -> 
     codes_IL = load_file(tokenise / "codes.safetensors")["codes_IL"]
     codec, eyes = load_codec(tokenise / "codec"), load_eyes(tokenise / "eyes")
     if chosen.family == "diffusion":
+        from couturier.components.generator.diffusion import DiffusionGenerator
+
         return DiffusionGenerator.fresh(
             config.diffusion, catalogue, eyes=eyes, codec=codec, codes_IL=codes_IL, seed=config.seed
         )

@@ -8,8 +8,8 @@ Gaussian density, and that the transformer adds only what the other places and t
 one token a history picture (the mean over its patches).
 
 Nearly all of a picture is decided while the noise is much stronger than the signal (a thousand tiles lie far apart in
-hundreds of dimensions), so steps and training are shifted towards noise, as Stable Diffusion 3 does for large pictures
-(Esser et al., arXiv 2403.03206, section 5.3.2).
+hundreds of dimensions), so steps and training are shifted towards noise by the root of the number of dimensions, as
+Stable Diffusion 3 does for larger pictures (Esser et al., arXiv 2403.03206, section 5.3.2).
 
 Legend: U users, n pictures a user, N = U * n, L codes a picture, K codebook entries, D code width, I items,
 F understanding features, S condition tokens, W width, E user tokens, g edge of the grid of codes.
@@ -27,31 +27,9 @@ from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 
 from couturier.components.errors import ConfigError
+from couturier.components.generator.types import DiffusionConfig
 
 _EDGE = 1e-3  # of the noise levels: no training at exactly no noise or nothing but noise
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiffusionConfig:
-    """The shape of the denoiser, and how it draws."""
-
-    width: int = 128
-    layers: int = 4
-    heads: int = 4
-    history: int = 12
-    """Favourites it looks at."""
-    steps: int = 16
-    """Calls of the denoiser a picture."""
-    shift: float = 6.0
-    """How far steps and training lean towards noise; 1 is even in the path's time."""
-    nats_levels: int = 16
-    """Noise levels over which :meth:`DiffusionGenerator.nats` integrates."""
-
-    def __post_init__(self) -> None:
-        if self.width % self.heads or min(self.width, self.layers, self.heads, self.history, self.steps) < 1:
-            raise ConfigError(f"{self} does not work: all must be at least 1 and width a multiple of heads.")
-        if self.shift <= 0 or self.nats_levels < 1:
-            raise ConfigError(f"shift is {self.shift} and nats_levels {self.nats_levels}; both must be above 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +91,22 @@ class Denoiser(nn.Module):
             sample_size=self.edge,
             patch_size=1,
         )
-        nn.init.zeros_(self.dit.proj_out.weight)
-        nn.init.zeros_(self.dit.proj_out.bias)
+        self.shift = config.shift or (codes * d) ** 0.5 / 4.5
+        self._first_weights()
         self.look = nn.Sequential(nn.LayerNorm(features_IF.shape[1]), nn.Linear(features_IF.shape[1], w))
         self.place_SW = nn.Parameter(torch.randn(config.history, w) * 0.1)
         self.always_W = nn.Parameter(torch.randn(w))
+
+    @torch.no_grad()
+    def _first_weights(self) -> None:
+        """Every code equally likely, and every residual branch at full strength: as PixArt draws them, gates of about
+        a tenth cost a tiny model hundreds of steps."""
+        nn.init.zeros_(self.dit.proj_out.weight)
+        nn.init.zeros_(self.dit.proj_out.bias)
+        self.dit.scale_shift_table.zero_()
+        for block in self.dit.transformer_blocks:
+            block.scale_shift_table.zero_()
+            block.scale_shift_table[[2, 5]] = 1.0
 
     def condition(
         self, favourites_UK: np.ndarray | Tensor, *, keep_U: Tensor | None = None, users_UEW: Tensor | None = None
@@ -165,7 +154,7 @@ class Denoiser(nn.Module):
 
     def noise_level(self, time_N: Tensor) -> Tensor:
         """Share of noise s along the path: ``shift * t / (1 + (shift - 1) * t)``, as the scheduler has it."""
-        shift = self.config.shift
+        shift = self.shift
         return shift * time_N / (1 + (shift - 1) * time_N)
 
     def _own_evidence(self, x_NLD: Tensor, s_N11: Tensor) -> Tensor:
@@ -212,7 +201,7 @@ class Denoiser(nn.Module):
         """
         x_NLD = self.add_noise(self.codebook_KD[codes_NL], noise_NLD, time_N)
         missed_N = (self.denoise(x_NLD, time_N, condition) - self.codebook_KD[codes_NL]).square().sum((1, 2))
-        ratio_N = ((1 - time_N) / (self.config.shift * time_N)).square()
+        ratio_N = ((1 - time_N) / (self.shift * time_N)).square()
         return ratio_N * missed_N / (time_N * (1 - time_N))
 
 

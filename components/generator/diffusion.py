@@ -31,11 +31,12 @@ from couturier.components.data.formats import Catalogue
 from couturier.components.errors import ConfigError, LineageError
 from couturier.components.files import read_json, write_json
 from couturier.components.generator.codec import Codec, PatchVQ
-from couturier.components.generator.denoiser import Condition, Denoiser, DiffusionConfig
+from couturier.components.generator.denoiser import Condition, Denoiser
 from couturier.components.generator.janus import to_tower
 from couturier.components.generator.janus_codec import JanusCodec
-from couturier.components.generator.preference import DecoupledAttention, PairReader, PreferenceConfig
+from couturier.components.generator.preference import DecoupledAttention, PairReader
 from couturier.components.generator.sampler import SamplerSettings
+from couturier.components.generator.types import DiffusionConfig, PreferenceConfig
 from couturier.components.runtime import global_seed, seeded
 
 
@@ -165,7 +166,7 @@ class DiffusionGenerator(Denoiser):
             free = self.condition(favourites_UK, keep_U=~keep, users_UEW=known).repeat(n)
             condition = own.beside(free)
         x_NLD = torch.cat([self._start(seed, n, spread=spread) for seed in seeds])
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=self.config.shift)
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=self.shift)
         path = np.linspace(1.0, 1.0 / self.config.steps, self.config.steps)
         scheduler.set_timesteps(sigmas=path.tolist())
         for time, timestep in zip(path.tolist(), scheduler.timesteps, strict=True):

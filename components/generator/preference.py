@@ -12,35 +12,12 @@ S condition tokens, H heads, d head width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from couturier.components.errors import ConfigError
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreferenceConfig:
-    """The shape of a user embedding."""
-
-    pairs: int = 4
-    """Pairs that are read of each person (the paper's number)."""
-    tokens: int = 4
-    """E, tokens of a user embedding."""
-    width: int = 64
-    """Of those tokens."""
-    heads: int = 4
-    """Of the attention that gathers pairs into tokens."""
-
-    def __post_init__(self) -> None:
-        if self.pairs < 1 or self.tokens < 1 or self.width % self.heads:
-            raise ConfigError(
-                f"preference settings {self} are out of range; pairs and tokens must be >= 1 and width a multiple of "
-                "heads."
-            )
+from couturier.components.generator.types import PreferenceConfig
 
 
 class PairReader(nn.Module):

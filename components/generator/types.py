@@ -1,4 +1,5 @@
-"""What every generator can do, whichever family it is of, and how a saved one is opened.
+"""What every generator can do, whichever family it is of, how a saved one is opened, and the second family's settings
+(here, so that naming them does not import diffusers).
 
 Two families: an any-to-any language model that writes a picture's codes one after the other
 (:mod:`couturier.components.generator.janus`), and a diffusion model that denoises them all at once
@@ -9,13 +10,15 @@ Legend: U users, n pictures a user, L codes a picture, K favourites.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from torch import Tensor
 
-from couturier.components.errors import LineageError
+from couturier.components.errors import ConfigError, LineageError, MissingExtraError
 from couturier.components.files import read_json
 
 if TYPE_CHECKING:
@@ -23,6 +26,53 @@ if TYPE_CHECKING:
     from couturier.components.generator.janus import JanusGenerator
 
 FAMILIES = ("janus", "diffusion")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """The shape of the denoiser, and how it draws."""
+
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    history: int = 12
+    """Favourites it looks at."""
+    steps: int = 16
+    """Calls of the denoiser a picture."""
+    shift: float = 0.0
+    """How far steps and training lean towards noise; 1 is even in the path's time, 0 stands for sqrt(L * D) / 4.5."""
+    nats_levels: int = 16
+    """Noise levels over which :meth:`DiffusionGenerator.nats` integrates."""
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or min(self.width, self.layers, self.heads, self.history, self.steps) < 1:
+            raise ConfigError(f"{self} does not work: all must be at least 1 and width a multiple of heads.")
+        if self.shift < 0 or self.nats_levels < 1:
+            raise ConfigError(
+                f"shift is {self.shift} and nats_levels {self.nats_levels}; the first must not be negative (0: by the "
+                "size of a picture), the second at least 1."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceConfig:
+    """The shape of a user embedding."""
+
+    pairs: int = 4
+    """Pairs that are read of each person (the paper's number)."""
+    tokens: int = 4
+    """E, tokens of a user embedding."""
+    width: int = 64
+    """Of those tokens."""
+    heads: int = 4
+    """Of the attention that gathers pairs into tokens."""
+
+    def __post_init__(self) -> None:
+        if self.pairs < 1 or self.tokens < 1 or self.width % self.heads:
+            raise ConfigError(
+                f"preference settings {self} are out of range; pairs and tokens must be >= 1 and width a multiple of "
+                "heads."
+            )
 
 
 class Generator(Protocol):
@@ -84,6 +134,8 @@ def load_generator(folder: Path) -> JanusGenerator | DiffusionGenerator:
 
         return JanusGenerator.load(folder)
     if kind == "diffusion":
+        if find_spec("diffusers") is None:
+            raise MissingExtraError("diffusers", extra="train", needed_for="a generator of the diffusion family")
         from couturier.components.generator.diffusion import DiffusionGenerator
 
         return DiffusionGenerator.load(folder)
