@@ -1,17 +1,24 @@
-"""Attention of many samples over one shared prefix: one decoding step, without copying the prefix's keys and values.
+"""Attention of many samples over one shared prefix: decoding steps, without copying the prefix's keys and values.
 
 When a model draws ``n`` samples for each of ``U`` users, all ``n`` read the same prompt. Keeping the prompt's keys and
-values once a user, not once a sample, divides that memory and its traffic by ``n``. The softmax runs over the prompt
-and the sample's own tokens together, so the result is ordinary causal attention.
+values once a user, not once a sample, divides that memory and its traffic by ``n``. The samples' own keys and values
+lie behind the prompt's in the same row, step by step, ``n`` to a step; a bias says which belong to whom. So one step is
+one ordinary attention of ``n`` queries a user over one row of keys, whatever library computes it, and its result is
+ordinary causal attention for each sample.
 
-Legend: U users, n samples a user, H heads, G key/value heads (H a multiple of G), P prompt tokens, T tokens a sample
-has so far (the new one included), d width of a head. Cost: O(U n H (P + T) d) multiply-adds, O(U G P d) for the prompt.
-Called by ``couturier.components.generator.sampler``.
+The price is that a query also meets the keys of its ``n - 1`` mates, which weigh nothing: T (n - 1) multiply-adds
+wasted beside P + T useful ones. That is cheap for a handful of samples and a long prompt; a caller with many samples
+gives them in several rows.
+
+Legend: U rows (users), n samples a row, H heads, G key/value heads (H a multiple of G), P prompt tokens, T tokens a
+sample has so far (the new one included), S slots of a row, d width of a head. Cost of a step: O(U n H (P + n T) d)
+multiply-adds, O(U G (P + n T) d) of memory traffic. Called by ``couturier.components.generator.decoding``.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -40,24 +47,60 @@ def reference(
     return torch.einsum("unhs,unhsd->unhd", scores.softmax(-1), v)
 
 
-def shared_prefix_attention(
-    q_UnHd: Tensor, pk_UGPd: Tensor, pv_UGPd: Tensor, bias_UP: Tensor, sk_UnGTd: Tensor, sv_UnGTd: Tensor
-) -> Tensor:
-    """As :func:`reference`, but the prompt is read once a user. ``bias_UP`` is 0 where a prompt token counts and -inf
-    where it is padding, in the dtype of the queries."""
+def visible(mask_UP: Tensor, *, samples: int, tokens: int, dtype: torch.dtype) -> Tensor:
+    """Bias ``[U, n, S]`` over a row of slots: 0 at the prompt's tokens and at a sample's own, -inf elsewhere."""
+    own_nTn = torch.eye(samples, dtype=torch.bool, device=mask_UP.device)[:, None].expand(-1, tokens, -1)
+    own_UnS = own_nTn.flatten(1).expand(len(mask_UP), -1, -1)
+    keep_UnS = torch.cat([mask_UP[:, None].expand(-1, samples, -1), own_UnS], 2)
+    return torch.zeros(keep_UnS.shape, dtype=dtype, device=mask_UP.device).masked_fill_(~keep_UnS, float("-inf"))
+
+
+def apart(row_UGSd: Tensor, *, prompt: int, samples: int) -> tuple[Tensor, Tensor]:
+    """A row of slots as the prompt's ``[U, G, P, d]`` and the samples' own ``[U, n, G, T, d]``: views of it."""
+    own = row_UGSd[:, :, prompt:].unflatten(2, (-1, samples))
+    return row_UGSd[:, :, :prompt], own.permute(0, 3, 1, 2, 4)
+
+
+class PrefixCache:
+    """Keys and values of several layers, allocated once: slot ``P + t n + i`` holds token ``t`` of sample ``i``.
+
+    Args:
+        mask_UP: True where a prompt token counts.
+        samples: n.
+        tokens: the most a sample will have of its own.
+        layers: of the model.
+        heads: G.
+        like: a tensor ``[d]`` whose dtype and device the keys and values get.
+    """
+
+    def __init__(self, mask_UP: Tensor, *, samples: int, tokens: int, layers: int, heads: int, like: Tensor) -> None:
+        users, self.prompt = mask_UP.shape
+        self.samples = samples
+        self.bias_UnS = visible(mask_UP, samples=samples, tokens=tokens, dtype=like.dtype)
+        shape = (layers, users, heads, self.bias_UnS.shape[2], len(like))
+        # Zeros, not whatever was there: a slot not yet filled weighs nothing, but nothing times NaN would be NaN.
+        self.k_lUGSd, self.v_lUGSd = like.new_zeros(shape), like.new_zeros(shape)
+
+    def end(self, t: int) -> int:
+        """How many slots are filled once every sample has ``t`` tokens."""
+        return self.prompt + t * self.samples
+
+
+def shared_prefix_attention(q_UnHd: Tensor, k_UGSd: Tensor, v_UGSd: Tensor, bias_UnS: Tensor) -> Tensor:
+    """As :func:`reference` over one row of slots a user.
+
+    Args:
+        q_UnHd: queries of the newest token of each sample.
+        k_UGSd, v_UGSd: prompt and samples in one row (:class:`PrefixCache`), or the filled beginning of it.
+        bias_UnS: 0 where a sample may look, -inf elsewhere, in the dtype of the queries.
+
+    Returns:
+        ``[U, n, H, d]``.
+    """
     users, n, heads, d = q_UnHd.shape
-    kv = pk_UGPd.shape[1]
+    kv = k_UGSd.shape[1]
     rep = heads // kv
-    q = (q_UnHd * d**-0.5).view(users, n, kv, rep, d)
-    # The prompt: one matrix product a user and key head over all its samples' queries.
-    q_flat = q.permute(0, 2, 1, 3, 4).reshape(users, kv, n * rep, d)
-    over_prompt = q_flat @ pk_UGPd.transpose(2, 3) + bias_UP[:, None, None]
-    # The sample's own few tokens.
-    over_own = q @ sk_UnGTd.transpose(3, 4)
-    over_own_flat = over_own.permute(0, 2, 1, 3, 4).reshape(users, kv, n * rep, -1)
-    weights = torch.cat([over_prompt, over_own_flat], -1).softmax(-1)
-    p = pk_UGPd.shape[2]
-    from_prompt = (weights[..., :p] @ pv_UGPd).view(users, kv, n, rep, d)
-    own_weights = weights[..., p:].view(users, kv, n, rep, -1).permute(0, 2, 1, 3, 4)
-    from_own = own_weights @ sv_UnGTd
-    return (from_prompt.permute(0, 2, 1, 3, 4) + from_own).reshape(users, n, heads, d)
+    q_UGrd = q_UnHd.view(users, n, kv, rep, d).permute(0, 2, 3, 1, 4).reshape(users, kv, rep * n, d)
+    bias = bias_UnS if rep == 1 else bias_UnS.repeat(1, rep, 1)
+    out = F.scaled_dot_product_attention(q_UGrd, k_UGSd, v_UGSd, attn_mask=bias[:, None])
+    return out.view(users, kv, rep, n, d).permute(0, 3, 1, 2, 4).reshape(users, n, heads, d)

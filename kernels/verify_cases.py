@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -298,25 +297,27 @@ def _stats(make: Maker) -> Case:
 def _prefix(make: Maker) -> Case:
     users, n, heads, prompt, own, width = (8, 8, 4, 256, 8, 32) if make.large else (2, 3, 2, 9, 4, 16)
     q = make.normal(users, n, heads, width, salt=1)
-    pk, pv = make.normal(users, heads, prompt, width, salt=2), make.normal(users, heads, prompt, width, salt=3)
-    sk, sv = make.normal(users, n, heads, own, width, salt=4), make.normal(users, n, heads, own, width, salt=5)
+    k, v = (make.normal(users, heads, prompt + own * n, width, salt=salt) for salt in (2, 3))
     mask = torch.arange(prompt, device=make.device) >= torch.arange(users, device=make.device)[:, None]
-    bias = torch.zeros(mask.shape, device=make.device, dtype=make.dtype).masked_fill(~mask, -math.inf)
+    bias = shared_prefix.visible(mask, samples=n, tokens=own, dtype=make.dtype)
     seen = torch.cat([mask, mask.new_ones(users, own)], 1)
 
     def call() -> Tensor:
-        return shared_prefix.shared_prefix_attention(q, pk, pv, bias, sk, sv)
+        return shared_prefix.shared_prefix_attention(q, k, v, bias)
+
+    def parts() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        return shared_prefix.apart(k, prompt=prompt, samples=n), shared_prefix.apart(v, prompt=prompt, samples=n)
 
     def plain() -> Tensor:
+        (pk, sk), (pv, sv) = parts()
         return shared_prefix.reference(q, pk, pv, mask, sk, sv)
 
     def sdpa() -> Tensor:
-        k, v = (
-            torch.cat([one[:, None].expand(-1, n, -1, -1, -1), two], 3).flatten(0, 1)
-            for one, two in ((pk, sk), (pv, sv))
+        copied, theirs = (
+            torch.cat([one[:, None].expand(-1, n, -1, -1, -1), two], 3).flatten(0, 1) for one, two in parts()
         )
         of_sample = seen[:, None].expand(-1, n, -1).flatten(0, 1)[:, None, None]
-        out = scaled_dot_product_attention(q.flatten(0, 1)[:, :, None], k, v, attn_mask=of_sample)
+        out = scaled_dot_product_attention(q.flatten(0, 1)[:, :, None], copied, theirs, attn_mask=of_sample)
         return out[:, :, 0].view(users, n, heads, width)
 
     return Case(
@@ -324,11 +325,11 @@ def _prefix(make: Maker) -> Case:
         shape=f"{users} users x {n} samples, H {heads}, prompt {prompt}, own {own}, d {width}, {q.dtype}".replace(
             "torch.", ""
         ),
-        leaves=[q, pk, pv, sk, sv],
+        leaves=[q, k, v],
         call=call,
         reference=plain,
         naive=plain,
         peers={"SDPA, prompt copied": sdpa},
-        bytes_moved=_size(q, pk, pv, sk, sv, q),
+        bytes_moved=_size(q, k, v, q),
         flops=4 * users * n * heads * (prompt + own) * width,
     )

@@ -1,32 +1,35 @@
 """Batched sampling of picture codes with kept keys and values.
 
-The prompt runs once a user through transformers' own language model; its keys and values are kept once a user and
-shared by that user's samples (:mod:`couturier.kernels.shared_prefix`). Every further code is one light step over all
-samples of all users. Guidance runs a second, unconditional set of prompts beside the first.
+Every distinct prompt is read once; its keys and values are shared by the samples that follow it. Every further code is
+one light step over all samples of all users, with the rows of guidance (with the history and without) in the same batch
+(:mod:`couturier.components.generator.decoding`).
 
 Random numbers are drawn up front, a stream a user, so a user's pictures do not depend on who else is in the batch. The
 samples of one user are spread evenly over the distribution, code by code (systematic sampling, Madow 1949; arithmetic
 sampling, Vilnis et al., arXiv 2210.15458, does so with one number for all codes): each picture alone is distributed as
 before, but together they repeat each other less than independent ones.
 
-Legend: U users, n samples, L codes, K codebook, P prompt tokens, D width, H heads, G key/value heads, d head width.
+Legend: U users, n samples, L codes, K codebook, P prompt tokens, D width, B branches of guidance (one or two).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from couturier.components.errors import ConfigError
+from couturier.components.generator.decoding import Decoder, Decoding, Prefix
 from couturier.components.generator.prompt import Prompts
-from couturier.kernels.shared_prefix import shared_prefix_attention
 
 if TYPE_CHECKING:
     from couturier.components.generator.janus import JanusGenerator
+
+# A row of samples shares one copy of its prompt's keys and values; longer rows would meet too many mates' keys.
+_MOST_IN_A_ROW = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,8 @@ class SamplerSettings:
     top_p: float = 1.0
     spread: bool = True
     """Evenly spaced points for the samples of a user that are alike so far, instead of independent ones."""
+    compile: bool = False
+    """Let ``torch.compile`` make the step: slow at the first call of a shape (a minute on two cores), faster later."""
 
     def __post_init__(self) -> None:
         if not (self.temperature >= 0 and self.guidance >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
@@ -52,29 +57,88 @@ class SamplerSettings:
 def sample_codes(
     generator: JanusGenerator, prompts: Prompts, n: int, *, seeds: list[int], settings: SamplerSettings
 ) -> Tensor:
-    """Codes int64 ``[U, n, L]`` for ``n`` samples of each prompt."""
-    users, length = prompts.ids_UP.shape[0], generator.codes_per_picture
+    """Codes int64 ``[U, n, L]`` for ``n`` samples of each prompt, on the model's device.
+
+    Raises:
+        ConfigError: ``n`` below one, or not one seed a user.
+    """
+    length, janus = generator.codes_per_picture, generator.model.model
+    branches = [] if settings.guidance == 0 else [prompts]
+    if settings.guidance != 1:
+        branches.append(prompts.unconditional(generator.prompts.pad_id))
+    distinct, row_BU = _distinct(branches, janus.language_model.embed_tokens.weight.device)
+    prefix = Prefix(x_NPD=generator.embed_prompt(distinct), mask_NP=distinct.mask_UP, position_NP=distinct.position_UP)
+    embed: Callable[[Tensor], Tensor] = generator.embed_codes
+    if generator.codebook_size <= len(prompts.ids_UP) * n * (length - 1):
+        table_KD = generator.embed_codes(torch.arange(generator.codebook_size, device=row_BU.device))
+        embed = table_KD.__getitem__
+    decoder = Decoder(lm=janus.language_model, head=janus.generation_head, embed=embed)
+    return sample_tokens(decoder, prefix, row_BU, n, length=length, seeds=seeds, settings=settings)
+
+
+@torch.no_grad()
+def sample_tokens(
+    decoder: Decoder,
+    prefix: Prefix,
+    row_BU: Tensor,
+    n: int,
+    *,
+    length: int,
+    seeds: list[int],
+    settings: SamplerSettings,
+) -> Tensor:
+    """Tokens int64 ``[U, n, length]`` that a decoder writes after its prompts.
+
+    Args:
+        decoder: of pictures' codes or of words.
+        prefix: the distinct prompts.
+        row_BU: which of them each user's samples follow; a second row of it is the condition-free side of guidance.
+        seeds: one a user.
+
+    Raises:
+        ConfigError: ``n`` below one, or not one seed a user.
+    """
+    branches, users = row_BU.shape
     if len(seeds) != users:
         raise ConfigError(f"{len(seeds)} seeds were given for {users} users; give one a user.")
     if n < 1:
         raise ConfigError(f"n is {n}; ask for at least one picture.")
+    device = prefix.x_NPD.device
     uniforms_UnL = torch.stack([torch.rand(n, length, generator=torch.Generator().manual_seed(s)) for s in seeds])
-    points = _Points(uniforms_UnL, spread=settings.spread)
-    plain, free = settings.guidance == 1.0, settings.guidance == 0.0
-    branches = []
-    if not free:
-        branches.append(_Branch(generator, prompts, n, length))
-    if not plain:
-        branches.append(_Branch(generator, prompts.unconditional(generator.prompts.pad_id), n, length))
-    codes = torch.empty(users, n, length, dtype=torch.long)
-    logits = [branch.first_logits() for branch in branches]
+    points = _Points(uniforms_UnL.to(device), spread=settings.spread)
+    rows = -(-n // _MOST_IN_A_ROW)
+    each = -(-n // rows)
+    decoding = Decoding(
+        decoder,
+        prefix,
+        row_BU.flatten().repeat_interleave(rows),
+        samples=each,
+        steps=length - 1,
+        compile=settings.compile,
+    )
+    # The last row of a user may have places to spare: they follow code 0 and are left out at the end.
+    codes_UmL = torch.zeros(users, rows * each, length, dtype=torch.long, device=device)
+    logits = decoding.first_logits()[:, None].expand(-1, each, -1)
     for t in range(length):
-        mixed = logits[0] if len(logits) == 1 else logits[1] + settings.guidance * (logits[0] - logits[1])
-        codes[:, :, t] = _draw(mixed.float(), points, settings)
+        logits_BUmK = logits.reshape(branches, users, rows * each, -1)
+        mixed = logits_BUmK[0]
+        if branches == 2:
+            mixed = logits_BUmK[1] + settings.guidance * (mixed - logits_BUmK[1])
+        codes_UmL[:, :n, t] = _draw(mixed[:, :n].float(), points, settings)
         if t + 1 < length:
-            x_UnD = generator.embed_codes(codes[:, :, t])
-            logits = [branch.step(x_UnD) for branch in branches]
-    return codes
+            x_UmD = decoder.embed(codes_UmL[:, :, t])
+            logits = decoding.step(x_UmD.view(users * rows, each, -1).repeat(branches, 1, 1))
+    return codes_UmL[:, :n]
+
+
+def _distinct(branches: list[Prompts], device: torch.device) -> tuple[Prompts, Tensor]:
+    """Each prompt once, and which one every user of every branch has ``[B, U]``."""
+    parts = {name: torch.cat([vars(one)[name] for one in branches]) for name in vars(branches[0])}
+    _, row_M = torch.cat([part.long() for part in parts.values()], 1).unique(dim=0, return_inverse=True)
+    places = torch.arange(len(row_M))
+    first_N = torch.full((int(row_M.max()) + 1,), len(row_M)).scatter_reduce_(0, row_M, places, "amin")
+    prompts = Prompts(**{name: part[first_N].to(device) for name, part in parts.items()})
+    return prompts, row_M.view(len(branches), -1).to(device)
 
 
 class _Points:
@@ -89,7 +153,7 @@ class _Points:
     def __init__(self, uniforms_UnL: Tensor, *, spread: bool) -> None:
         self.fresh_UnL, self.t = uniforms_UnL.double(), 0
         u, n, _ = uniforms_UnL.shape
-        self.alike_Unn = torch.ones(u, n, n, dtype=torch.bool) if spread else None
+        self.alike_Unn = uniforms_UnL.new_ones(u, n, n, dtype=torch.bool) if spread else None
 
     def choose(self, p_UnK: Tensor) -> Tensor:
         """Codes ``[U, n]`` by inverting the cumulative distribution at each point; moves on to the next code."""
@@ -121,68 +185,3 @@ def _draw(logits_UnK: Tensor, points: _Points, settings: SamplerSettings) -> Ten
         beyond = ordered.cumsum(-1) - ordered >= settings.top_p
         p = torch.zeros_like(p).scatter(-1, index, ordered.masked_fill(beyond, 0))
     return points.choose(p)
-
-
-class _Branch:
-    """The state of one set of prompts: prompt keys and values a user, own keys and values a sample."""
-
-    def __init__(self, generator: JanusGenerator, prompts: Prompts, n: int, length: int) -> None:
-        janus = generator.model.model
-        self.head, self.lm, self.n = janus.generation_head, janus.language_model, n
-        config = self.lm.config
-        cache = DynamicCache(config=config)
-        x_UPD = generator.embed_prompt(prompts)
-        hidden = self.lm(
-            inputs_embeds=x_UPD,
-            attention_mask=_prefix_bias(prompts.mask_UP, x_UPD.dtype),
-            position_ids=prompts.position_UP,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        self.first_UD = hidden[:, -1]
-        self.prompt_kv: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr,misc]
-        self.bias_UP = torch.zeros(prompts.mask_UP.shape, dtype=x_UPD.dtype).masked_fill(
-            ~prompts.mask_UP, float("-inf")
-        )
-        self.next_position_U = prompts.position_UP[:, -1] + 1
-        kv_heads, d = config.num_key_value_heads, config.head_dim
-        shape = (x_UPD.shape[0], n, kv_heads, length - 1, d)
-        self.own_kv = [(x_UPD.new_empty(shape), x_UPD.new_empty(shape)) for _ in self.prompt_kv]
-        self.t = 0
-
-    def first_logits(self) -> Tensor:
-        """Logits of the first code: the same for all samples of a user, ``[U, n, K]``."""
-        return self.head(self.first_UD)[:, None].expand(-1, self.n, -1)
-
-    def step(self, x_UnD: Tensor) -> Tensor:
-        """Feed the embedding of the code just drawn; logits ``[U, n, K]`` of the next."""
-        cos, sin = self.lm.rotary_emb(x_UnD, self.next_position_U[:, None])
-        cos, sin = cos[:, :, None], sin[:, :, None]
-        self.t += 1
-        for layer, (pk, pv), (ok, ov) in zip(self.lm.layers, self.prompt_kv, self.own_kv, strict=True):
-            attention = layer.self_attn
-            h = layer.input_layernorm(x_UnD)
-            d = attention.head_dim
-            q = _rotate(attention.q_proj(h).unflatten(-1, (-1, d)), cos, sin)
-            ok[:, :, :, self.t - 1] = _rotate(attention.k_proj(h).unflatten(-1, (-1, d)), cos, sin)
-            ov[:, :, :, self.t - 1] = attention.v_proj(h).unflatten(-1, (-1, d))
-            mixed = shared_prefix_attention(q, pk, pv, self.bias_UP, ok[:, :, :, : self.t], ov[:, :, :, : self.t])
-            x_UnD = x_UnD + attention.o_proj(mixed.flatten(-2))
-            x_UnD = x_UnD + layer.mlp(layer.post_attention_layernorm(x_UnD))
-        self.next_position_U = self.next_position_U + 1
-        return self.head(self.lm.norm(x_UnD))
-
-
-def _rotate(x_UnHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding in transformers' half-split form; cos and sin ``[U, 1, 1, d]``."""
-    half = x_UnHd.shape[-1] // 2
-    swapped = torch.cat([-x_UnHd[..., half:], x_UnHd[..., :half]], -1)
-    return x_UnHd * cos + swapped * sin
-
-
-def _prefix_bias(mask_UP: Tensor, dtype: torch.dtype) -> Tensor:
-    """Causal attention bias ``[U, 1, P, P]``; padding sees itself only."""
-    p = mask_UP.shape[1]
-    eye = torch.eye(p, dtype=torch.bool)
-    keep = (torch.ones(p, p, dtype=torch.bool).tril()[None] & mask_UP[:, None]) | eye[None]
-    return torch.zeros(keep.shape, dtype=dtype).masked_fill(~keep, torch.finfo(dtype).min)[:, None]

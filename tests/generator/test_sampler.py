@@ -8,7 +8,7 @@ import torch
 
 from couturier.components.errors import ConfigError
 from couturier.components.generator.janus import JanusGenerator
-from couturier.components.generator.sampler import _Points
+from couturier.components.generator.sampler import _distinct, _Points
 
 
 def test_greedy_codes_are_the_argmax_of_the_teacher_forced_pass(
@@ -125,3 +125,26 @@ def test_refuses_what_makes_no_sense(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         generator.sample(histories[:1], **arguments)
+
+
+def test_many_samples_of_a_user_lie_in_several_rows_and_none_is_lost(
+    generator: JanusGenerator, histories: np.ndarray
+) -> None:
+    """35 samples take three rows of twelve; each follows its own prompt and nobody's codes but its own."""
+    codes = generator.sample(histories, 35, seeds=[1, 2, 3], spread=False)
+    assert codes.shape == (3, 35, 4)
+    few = generator.sample(histories, 5, seeds=[1, 2, 3], spread=False)
+    assert torch.equal(codes[:, :5], few)
+    greedy = generator.sample(histories, 35, seeds=[1, 2, 3], temperature=0)
+    assert torch.equal(greedy, generator.sample(histories, 1, seeds=[1, 2, 3], temperature=0).expand(-1, 35, -1))
+
+
+def test_prompts_that_occur_twice_are_read_once(generator: JanusGenerator, histories: np.ndarray) -> None:
+    prompts = generator.prompts.build(histories[[0, 1, 0, 2]])
+    free = prompts.unconditional(generator.prompts.pad_id)
+    distinct, row_BU = _distinct([prompts, free], torch.device("cpu"))
+    assert len(distinct.ids_UP) == 3 + 3  # three histories, and none at three lengths
+    for b, branch in enumerate((prompts, free)):
+        assert torch.equal(distinct.ids_UP[row_BU[b]], branch.ids_UP)
+        assert torch.equal(distinct.item_UP[row_BU[b]], branch.item_UP)
+        assert torch.equal(distinct.mask_UP[row_BU[b]], branch.mask_UP)

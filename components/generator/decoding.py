@@ -1,0 +1,333 @@
+"""Decoding steps of a Llama-like language model for many samples of many prompts at once.
+
+    prompts ─▶ one pass over each distinct prompt ─▶ keys and values, once a row ─┐
+                                                                                ▼
+    codes just drawn ─▶ embedding ─▶ one step over all samples of all rows ─▶ logits of the next
+           ▲                                                                     │
+           └──────────────────────── the sampler draws ◀─────────────────────────┘
+
+The layers are transformers' own modules with their own weights; what differs is the work around them. The projections
+that read the same input are joined into one matrix for the time of a call (where they are plain and small), keys and
+values lie in memory that is allocated once (:class:`couturier.kernels.shared_prefix.PrefixCache`), prompts that occur
+twice are read once, and of the last layer only what the next token needs is computed.
+
+Steps have one shape from the first to the last where that pays: on a GPU they are recorded once as a CUDA graph and
+replayed, and ``compile`` hands them to ``torch.compile``. Elsewhere a step looks only at the slots that are filled.
+
+Legend: N distinct prompts, P prompt tokens, R rows (a prompt with some of its samples), n samples a row, M = R n,
+D width, H heads, G key/value heads, d head width, S slots of a row, K codebook.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from couturier.components.errors import ConfigError
+from couturier.kernels.shared_prefix import PrefixCache, shared_prefix_attention
+
+if TYPE_CHECKING:
+    from transformers import LlamaModel
+
+# Joining copies weights; beyond this many a layer the copy costs more than it saves.
+_JOIN_BELOW = 1 << 22
+_PLAIN_LINEAR = (nn.Linear,)
+
+Weight = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """The parts of a model that draw its next token."""
+
+    lm: LlamaModel
+    """Decoder layers in Llama's form: norm, attention with rotary positions, norm, gated feed-forward."""
+    head: Callable[[Tensor], Tensor]
+    """Hidden state ``[..., D]`` → logits ``[..., K]``."""
+    embed: Callable[[Tensor], Tensor]
+    """Tokens or codes ``[...]`` → embeddings ``[..., D]``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefix:
+    """Prompts ready to be read, left-padded: x_NPD embeddings, mask_NP True where a token counts, position_NP."""
+
+    x_NPD: Tensor
+    mask_NP: Tensor
+    position_NP: Tensor
+
+
+class _Block(NamedTuple):
+    """One layer as plain tensors, or as modules where a layer's projection is more than a matrix (adapters)."""
+
+    norm: Tensor
+    qkv: tuple[Weight | nn.Module, ...]
+    out: Weight | nn.Module
+    mlp_norm: Tensor
+    gate_up: tuple[Weight | nn.Module, ...]
+    down: Weight | nn.Module
+
+
+class _Shape(NamedTuple):
+    """What a layer must know beside its weights."""
+
+    heads: int
+    kv_heads: int
+    width: int
+    eps: float
+
+
+class Decoding:
+    """The state of one batch of samples.
+
+    Args:
+        decoder: the model.
+        prefix: the distinct prompts.
+        row_R: which prompt each row of samples follows.
+        samples: n, samples a row.
+        steps: how often :meth:`step` will be called.
+        compile: let ``torch.compile`` make the step. The first call of a shape takes long, later ones are faster.
+
+    Raises:
+        ConfigError: ``compile`` for a model whose projections are not plain matrices.
+    """
+
+    def __init__(
+        self, decoder: Decoder, prefix: Prefix, row_R: Tensor, *, samples: int, steps: int, compile: bool = False
+    ) -> None:
+        self.decoder, lm = decoder, decoder.lm
+        first = lm.layers[0]
+        kv_heads, d = lm.config.num_key_value_heads, first.self_attn.head_dim
+        self.shape = _Shape(lm.config.num_attention_heads, kv_heads, d, float(first.input_layernorm.variance_epsilon))
+        self.act: Callable[[Tensor], Tensor] = first.mlp.act_fn
+        self.blocks = [_block(layer) for layer in lm.layers]
+        device = prefix.x_NPD.device
+        self.cache = PrefixCache(
+            prefix.mask_NP[row_R],
+            samples=samples,
+            tokens=steps,
+            layers=len(self.blocks),
+            heads=kv_heads,
+            like=prefix.x_NPD.new_empty(d),
+        )
+        self.first_RK = self.decoder.head(self._read(prefix, row_R))[row_R]
+        after_R1 = prefix.position_NP[row_R, -1:] + 1
+        positions_RT = after_R1 + torch.arange(steps, device=device)
+        cos_RTd, sin_RTd = lm.rotary_emb(prefix.x_NPD, positions_RT)
+        self.rotary = cos_RTd[:, :, None, None], _signed(sin_RTd)[:, :, None, None]
+        self.t = 0
+        self.graph: _Graph | None = None
+        self.static = compile or device.type == "cuda"
+        if compile and any(isinstance(part, nn.Module) for block in self.blocks for part in _parts(block)):
+            raise ConfigError(
+                "sampler setting compile is True for a model whose projections are not plain matrices (adapters?). "
+                "Merge them into the weights first, or leave compile off."
+            )
+        self._layers = _compiled() if compile else _static_layers
+
+    def _read(self, prefix: Prefix, row_R: Tensor) -> Tensor:
+        """One pass over the prompts: fills the cache; the last hidden state of each ``[N, D]``."""
+        count, p, _ = prefix.x_NPD.shape
+        cos, sin = self.decoder.lm.rotary_emb(prefix.x_NPD, prefix.position_NP)
+        cos, sin = cos[:, :, None], _signed(sin)[:, :, None]
+        bias = _causal_bias(prefix.mask_NP, prefix.x_NPD.dtype)
+        x = prefix.x_NPD.flatten(0, 1)
+        heads, kv_heads, d, eps = self.shape
+        for i, block in enumerate(self.blocks):
+            qk, v = _qkv(x, block, self.shape, cos, sin, (count, p))
+            k = qk[:, :, heads:].transpose(1, 2)
+            q, v = qk[:, :, :heads].transpose(1, 2), v.transpose(1, 2)
+            self.cache.k_lUGSd[i, :, :, :p] = k[row_R]
+            self.cache.v_lUGSd[i, :, :, :p] = v[row_R]
+            if i + 1 == len(self.blocks):
+                # Nothing reads the last layer of a prompt but the token that follows it.
+                q, bias, x = q[:, :, -1:], bias[:, :, -1:], x.view(count, p, -1)[:, -1]
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=heads != kv_heads)
+            x = _feed_forward(_add(x, mixed.transpose(1, 2).reshape(-1, heads * d), block.out), block, eps, self.act)
+        return self.decoder.lm.norm(x)
+
+    def first_logits(self) -> Tensor:
+        """Logits of the first token, the same for all samples of a row: ``[R, K]``."""
+        return self.first_RK
+
+    def step(self, x_RnD: Tensor) -> Tensor:
+        """Feed the embeddings of the tokens just drawn; logits ``[R, n, K]`` of the next."""
+        t, cache = self.t, self.cache
+        self.t += 1
+        cos, sin = self.rotary[0][:, t], self.rotary[1][:, t]
+        x_MD = x_RnD.flatten(0, 1)
+        if self.static:
+            hidden = self._static(x_MD, cos, sin, torch.arange(cache.end(t), cache.end(t + 1), device=x_MD.device))
+        else:
+            hidden = self._filled(x_MD, cos, sin, cache.end(t), cache.end(t + 1))
+        return self.decoder.head(self.decoder.lm.norm(hidden)).unflatten(0, x_RnD.shape[:2])
+
+    def _filled(self, x_MD: Tensor, cos: Tensor, sin: Tensor, first: int, end: int) -> Tensor:
+        """All layers over the slots that are filled."""
+        cache, (heads, _, _, eps) = self.cache, self.shape
+        bias, size = cache.bias_UnS[:, :, :end], (len(cache.bias_UnS), cache.samples)
+        for i, block in enumerate(self.blocks):
+            qk, v = _qkv(x_MD, block, self.shape, cos, sin, size)
+            cache.k_lUGSd[i, :, :, first:end] = qk[:, :, heads:].transpose(1, 2)
+            cache.v_lUGSd[i, :, :, first:end] = v.transpose(1, 2)
+            k, v = cache.k_lUGSd[i, :, :, :end], cache.v_lUGSd[i, :, :, :end]
+            mixed = shared_prefix_attention(qk[:, :, :heads], k, v, bias)
+            x_MD = _feed_forward(_add(x_MD, mixed.reshape(len(x_MD), -1), block.out), block, eps, self.act)
+        return x_MD
+
+    def _static(self, x_MD: Tensor, cos: Tensor, sin: Tensor, slots_n: Tensor) -> Tensor:
+        """All layers over all slots: every step has the same shape."""
+        inputs = (x_MD, cos, sin, slots_n)
+        if x_MD.device.type != "cuda" or self._layers is not _static_layers:
+            return self._layers(self.blocks, self.shape, self.act, self.cache, *inputs)
+        if self.graph is None:
+            self.graph = _Graph(
+                lambda *now: _static_layers(self.blocks, self.shape, self.act, self.cache, *now), inputs
+            )
+        return self.graph.replay(inputs)
+
+
+class _Graph:
+    """A function recorded as a CUDA graph at its first call."""
+
+    def __init__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
+        self.inputs = [one.clone() for one in inputs]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        # Running it writes the same keys to the same slots again, so warming up changes nothing.
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.out = function(*self.inputs)
+
+    def replay(self, inputs: Sequence[Tensor]) -> Tensor:
+        for kept, now in zip(self.inputs, inputs, strict=True):
+            kept.copy_(now)
+        self.graph.replay()
+        return self.out
+
+
+def _static_layers(
+    blocks: list[_Block],
+    shape: _Shape,
+    act: Callable[[Tensor], Tensor],
+    cache: PrefixCache,
+    x_MD: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots_n: Tensor,
+) -> Tensor:
+    heads, size = shape.heads, (len(cache.bias_UnS), cache.samples)
+    later_S = torch.arange(cache.bias_UnS.shape[2], device=slots_n.device) > slots_n[-1]
+    bias = cache.bias_UnS.masked_fill(later_S, float("-inf"))
+    for i, block in enumerate(blocks):
+        qk, v = _qkv(x_MD, block, shape, cos, sin, size)
+        keys, values = cache.k_lUGSd[i], cache.v_lUGSd[i]
+        keys.index_copy_(2, slots_n, qk[:, :, heads:].transpose(1, 2))
+        values.index_copy_(2, slots_n, v.transpose(1, 2))
+        mixed = shared_prefix_attention(qk[:, :, :heads], keys, values, bias)
+        x_MD = _feed_forward(_add(x_MD, mixed.reshape(len(x_MD), -1), block.out), block, shape.eps, act)
+    return x_MD
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(_static_layers, dynamic=False)
+
+
+def _block(layer: nn.Module) -> _Block:
+    attention, mlp = layer.self_attn, layer.mlp
+    return _Block(
+        norm=layer.input_layernorm.weight,
+        qkv=_join(attention.q_proj, attention.k_proj, attention.v_proj),
+        out=_plain(attention.o_proj),
+        mlp_norm=layer.post_attention_layernorm.weight,
+        gate_up=_join(mlp.gate_proj, mlp.up_proj),
+        down=_plain(mlp.down_proj),
+    )
+
+
+def _parts(block: _Block) -> list[Weight | nn.Module]:
+    return [*block.qkv, block.out, *block.gate_up, block.down]
+
+
+def _plain(module: nn.Module) -> Weight | nn.Module:
+    # An adapter wraps or subclasses Linear and computes more than a product: then the module itself is called.
+    return (module.weight, module.bias) if type(module) in _PLAIN_LINEAR else module
+
+
+def _join(*modules: nn.Module) -> tuple[Weight | nn.Module, ...]:
+    parts = tuple(_plain(module) for module in modules)
+    weights = [part for part in parts if isinstance(part, tuple)]
+    if len(weights) < len(parts) or sum(weight.numel() for weight, _ in weights) > _JOIN_BELOW:
+        return parts
+    biases = [bias for _, bias in weights if bias is not None]
+    bias = torch.cat(biases) if len(biases) == len(weights) else None
+    if biases and bias is None:
+        return parts
+    return ((torch.cat([weight for weight, _ in weights]), bias),)
+
+
+def _project(x_MD: Tensor, part: Weight | nn.Module) -> Tensor:
+    return F.linear(x_MD, *part) if isinstance(part, tuple) else part(x_MD)
+
+
+def _project_all(x_MD: Tensor, parts: tuple[Weight | nn.Module, ...]) -> Tensor:
+    return _project(x_MD, parts[0]) if len(parts) == 1 else torch.cat([_project(x_MD, part) for part in parts], -1)
+
+
+def _add(x_MD: Tensor, y_MD: Tensor, part: Weight | nn.Module) -> Tensor:
+    """``x + part(y)``, in one product where it can be."""
+    if isinstance(part, tuple) and part[1] is None:
+        return torch.addmm(x_MD, y_MD, part[0].t())
+    return x_MD + _project(y_MD, part)
+
+
+def _qkv(
+    x_MD: Tensor, block: _Block, shape: _Shape, cos: Tensor, sin: Tensor, size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Rotated queries and keys ``[*size, H + G, d]`` and values ``[*size, G, d]``."""
+    heads, kv_heads, d, eps = shape
+    joined = _project_all(_norm(x_MD, block.norm, eps), block.qkv)
+    joined = joined.view(*size, heads + 2 * kv_heads, d)
+    qk, v = joined[:, :, : heads + kv_heads], joined[:, :, heads + kv_heads :]
+    return torch.addcmul(qk * cos, qk.roll(d // 2, -1), sin), v
+
+
+def _feed_forward(x_MD: Tensor, block: _Block, eps: float, act: Callable[[Tensor], Tensor]) -> Tensor:
+    joined = _project_all(_norm(x_MD, block.mlp_norm, eps), block.gate_up)
+    gate, up = joined.chunk(2, -1)
+    return _add(x_MD, act(gate) * up, block.down)
+
+
+def _norm(x_MD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm. On a CPU torch's own is a chain of small passes; this is a shorter one."""
+    if x_MD.dtype != torch.float32 or x_MD.device.type != "cpu":
+        return F.rms_norm(x_MD, x_MD.shape[-1:], weight_D, eps)
+    length_M1 = torch.linalg.vector_norm(x_MD, dim=-1, keepdim=True)
+    return (x_MD * (length_M1.square_() / x_MD.shape[-1] + eps).rsqrt_()).mul_(weight_D)
+
+
+def _signed(sin: Tensor) -> Tensor:
+    """Rotary position embedding in transformers' half-split form needs the swapped first half with a minus; here the
+    minus is in the sine."""
+    half = sin.shape[-1] // 2
+    return torch.cat([-sin[..., :half], sin[..., half:]], -1)
+
+
+def _causal_bias(mask_NP: Tensor, dtype: torch.dtype) -> Tensor:
+    """Causal attention bias ``[N, 1, P, P]``; padding sees itself only."""
+    p = mask_NP.shape[1]
+    eye = torch.eye(p, dtype=torch.bool, device=mask_NP.device)
+    causal = torch.ones(p, p, dtype=torch.bool, device=mask_NP.device).tril()
+    keep = (causal[None] & mask_NP[:, None]) | eye[None]
+    return torch.zeros(keep.shape, dtype=dtype, device=keep.device).masked_fill(~keep, float("-inf"))[:, None]
