@@ -7,10 +7,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from . import hash_sampling, linear_attention
+from . import attention_stats, hash_sampling, linear_attention
 
 
-@pytest.mark.parametrize("benchmark", [linear_attention, hash_sampling])
+@pytest.mark.parametrize("benchmark", [linear_attention, hash_sampling, attention_stats])
 def test_a_ratio_says_both_sides(benchmark: ModuleType) -> None:
     threads = torch.get_num_threads()
     found = benchmark.ratio(rounds=1)
