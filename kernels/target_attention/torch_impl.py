@@ -1,7 +1,7 @@
 """Target attention in PyTorch without padding: the path of every CPU, and of what the Triton kernels do not cover.
 
 Two steps, each with a backward of its own. *Scores* (DIN's network only) run over the flat list of pairs in pieces that
-fit the cache. *Attend* runs over nearly dense blocks of lists of one length (:mod:`couturier.kernels.jagged`), where
+fit the cache, or where lists are long enough over blocks of lists (:mod:`.torch_mlp`). *Attend* runs over nearly dense blocks of lists of one length (:mod:`couturier.kernels.jagged`), where
 the dot scores, the softmax and the pooling are batched matrix products.
 
 Legend: U lists, N behaviours, R rows, P pairs, H width of queries and keys, E of values, F of a hidden layer; inside a
@@ -20,6 +20,7 @@ from torch.nn.functional import linear
 
 from couturier.kernels import dispatch
 from couturier.kernels.jagged import Block, blocks, pair_offsets, pairs
+from couturier.kernels.target_attention import torch_mlp
 
 # Pairs in one piece of the scorer: its activations (about 1 MB at H = 128) then stay in a core's cache, also when two
 # threads share it.
@@ -39,7 +40,7 @@ def mlp(
     softmax: bool,
     want_weights: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """As the reference. ``activations`` None (sigmoid) takes the path in pieces; callables see all pairs at once."""
+    """As the reference. Callables see all pairs at once; sigmoids (``activations`` None) never hold all pairs."""
     dtype = queries_RH.dtype
     queries_RH, keys_NH, values_NE = _wide(queries_RH), _wide(keys_NH), _wide(values_NE)
     layers = [(_wide(weight), None if bias is None else _wide(bias)) for weight, bias in layers]
@@ -47,15 +48,18 @@ def mlp(
     wq, wk, wd, wp = whole.chunk(4, 1)
     # W1 [q, k, q - k, q * k] = (Wq + Wd) q + (Wk - Wd) k + Wp (q * k): one product a row, one a behaviour, one a pair.
     from_query_RF = linear(queries_RH, wq + wd, first_bias)
-    row_P, behaviour_P = pairs(offsets, row_user)
-    # With about one row a list the part of the key goes into the product a pair: one wider product is faster.
-    alone = row_P.numel() <= 1.5 * keys_NH.shape[0]
-    from_key_NF, first = (None, torch.cat([wp, wk - wd], 1)) if alone else (keys_NH @ (wk - wd).T, wp)
-    inputs = (queries_RH, keys_NH, from_query_RF, from_key_NF, first, row_P, behaviour_P)
-    if activations is None:
-        x = _Network.apply(*inputs, *(one for two in rest for one in two))
+    if _folds(row_user.numel(), int(offsets.diff()[row_user].sum()), *wp.shape):
+        first = torch_mlp.First(queries_RH=queries_RH, from_query_RF=from_query_RF, from_key_FH=wk - wd, product_FH=wp)
+        if activations is None:
+            scale = queries_RH.shape[1] ** -0.5 if softmax else 1.0
+            found = torch_mlp.attend(first, keys_NH, values_NE, offsets, row_user, rest, scale, softmax, want_weights)
+            return _narrow(found, dtype)
+        x = torch_mlp.first_layer(first, keys_NH, offsets, row_user)
     else:
-        x = _Network.apply(*inputs)
+        x = _a_pair(
+            queries_RH, keys_NH, from_query_RF, wk - wd, wp, offsets, row_user, rest if activations is None else ()
+        )
+    if activations is not None:
         for activation, (weight, bias) in zip(activations, rest, strict=True):
             x = linear(_wide(activation(x.to(dtype))), weight, bias)
     score_P = x[:, 0]
@@ -63,6 +67,41 @@ def mlp(
         score_P = score_P / queries_RH.shape[1] ** 0.5
     out = _Attend.apply(None, None, values_NE, None, score_P, offsets, row_user, 1.0, softmax, want_weights)
     return _narrow(out, dtype)
+
+
+def _folds(rows: int, pairs: int, hidden: int, width: int) -> bool:
+    """Whether a matrix a row is cheaper than gathering and scattering a pair: by the numbers that either touches."""
+    return 3 * rows * hidden * width <= 2 * pairs * (2 * width + hidden)
+
+
+def _a_pair(
+    queries_RH: Tensor,
+    keys_NH: Tensor,
+    from_query_RF: Tensor,
+    from_key_FH: Tensor,
+    product_FH: Tensor,
+    offsets: Tensor,
+    row_user: Tensor,
+    rest: Sequence[tuple[Tensor, Tensor | None]],
+) -> Tensor:
+    """One product a row, one a behaviour and one a pair: the first layer ``[P, F]``; with ``rest`` the scores."""
+    row_P, behaviour_P = pairs(offsets, row_user)
+    # With about one row a list the part of the key goes into the product a pair: one wider product is faster.
+    alone = row_P.numel() <= 1.5 * keys_NH.shape[0]
+    from_key_NF, first = (
+        (None, torch.cat([product_FH, from_key_FH], 1)) if alone else (keys_NH @ from_key_FH.T, product_FH)
+    )
+    out: Tensor = _Network.apply(
+        queries_RH,
+        keys_NH,
+        from_query_RF,
+        from_key_NF,
+        first,
+        row_P,
+        behaviour_P,
+        *(one for two in rest for one in two),
+    )
+    return out
 
 
 def dot(
