@@ -1,9 +1,13 @@
 """Stage ``rl``: the generator is aligned with what people take, by one of several methods, over one loop.
 
-    rl.method=grpo       imitation of a known optimum, then group-relative policy optimisation (the default)
+    rl.method=grpo        imitation of a known optimum, then group-relative policy optimisation (the default)
+    rl.method=dpo         imitation, then preferences between the policy's own pictures, over several rounds
+    rl.method=rejection   imitation, then fine-tuning on the policy's own best pictures
+    rl.method=imitation   imitation alone
 
-Every method starts from the fine-tuned model, sees the same windows and the same judge, and is watched by an encoder
-that no reward has seen. What differs is in each method's own file.
+``rl.distil.steps=0`` leaves the imitation out of any of them. Every method starts from the fine-tuned model, sees the
+same windows and the same judge, and is watched by an encoder that no reward has seen. What differs is in each method's
+own file.
 """
 
 from __future__ import annotations
@@ -12,11 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from couturier.components.alignment.distil import DistilConfig
+from couturier.components.alignment.dpo import Dpo, DpoConfig
 from couturier.components.alignment.grpo import Grpo, GrpoConfig
 from couturier.components.alignment.guards import Guards, Watchman
-from couturier.components.alignment.imitation import Imitation
+from couturier.components.alignment.imitation import Imitation, Imitator
 from couturier.components.alignment.loop import Loop, LoopConfig, Phase
 from couturier.components.alignment.prospect import ProspectConfig
+from couturier.components.alignment.rejection import Rejection, RejectionConfig
 from couturier.components.alignment.rewards import Weights
 from couturier.components.alignment.scene import Scene
 from couturier.components.alignment.watch import Watch, WatchConfig
@@ -35,10 +41,12 @@ class Config:
     method: str = "grpo"
     prospect: ProspectConfig = field(default_factory=ProspectConfig)
     distil: DistilConfig = field(default_factory=DistilConfig)
-    """The imitation before GRPO."""
+    """The imitation before every method."""
     weights: Weights = field(default_factory=Weights)
     """Of the reward's terms."""
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    dpo: DpoConfig = field(default_factory=DpoConfig)
+    rejection: RejectionConfig = field(default_factory=RejectionConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     guards: Guards = field(default_factory=Guards)
     clip: float = 1.0
@@ -49,15 +57,33 @@ class Config:
             raise ConfigError(f"rl.method is {self.method!r}; choose one of {', '.join(METHODS)}.")
 
 
-def _grpo(scene: Scene, config: Config, watch: Watch) -> list[Phase]:
-    return [
-        Imitation(scene, config.distil, watch),
-        Grpo(scene, config.grpo, watch, look_every=config.watch.every),
-    ]
+def _grpo(scene: Scene, config: Config, imitator: Imitator, watch: Watch) -> Phase:
+    return Grpo(scene, config.grpo, watch, look_every=config.watch.every)
 
 
-METHODS: dict[str, Callable[[Scene, Config, Watch], list[Phase]]] = {"grpo": _grpo}
-"""The phases of each method, by name."""
+def _dpo(scene: Scene, config: Config, imitator: Imitator, watch: Watch) -> Phase:
+    return Dpo(scene, config.dpo, imitator, watch, look_every=config.watch.every)
+
+
+def _rejection(scene: Scene, config: Config, imitator: Imitator, watch: Watch) -> Phase:
+    return Rejection(scene, config.rejection, watch, look_every=config.watch.every)
+
+
+METHODS: dict[str, Callable[[Scene, Config, Imitator, Watch], Phase] | None] = {
+    "grpo": _grpo,
+    "dpo": _dpo,
+    "rejection": _rejection,
+    "imitation": None,
+}
+"""What follows the imitation, by the method's name."""
+
+
+def phases(scene: Scene, config: Config, watch: Watch) -> list[Phase]:
+    """The phases of the configured method."""
+    imitator = Imitator(scene, config.distil)
+    then = METHODS[config.method]
+    first = Imitation(imitator, watch)
+    return [first] if then is None else [first, then(scene, config, imitator, watch)]
 
 
 def run(ctx: StageContext) -> None:
@@ -86,7 +112,7 @@ def prepare(ctx: StageContext, config: Config) -> tuple[Loop, Scene]:
         "rl",
         scene.policy,
         parameters,
-        METHODS[config.method](scene, config, watch),
+        phases(scene, config, watch),
         scene.random,
         LoopConfig(clip=config.clip, checkpoint_every=config.checkpoint_every),
         keepers={"prospect": scene, "guards": watchman},

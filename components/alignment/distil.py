@@ -72,8 +72,12 @@ def wanted(prospect_UI: Tensor, base_I: Tensor, history_UI: Tensor, config: Dist
 def draw_evenly(p_UI: Tensor, count: int, random: torch.Generator) -> Tensor:
     """``count`` items a window ``[U, T]``, at evenly spaced points of its cumulative distribution: an item of
     probability p comes up count * p times, rounded down or up (systematic sampling, Madow 1949)."""
+    return evenly(p_UI, count, torch.rand(len(p_UI), 1, generator=random, dtype=torch.float64))
+
+
+def evenly(p_UI: Tensor, count: int, offset_U1: Tensor) -> Tensor:
+    """As :func:`draw_evenly`, from one number in [0, 1) a window."""
     cumulative_UI = p_UI.double().cumsum(-1)
-    offset_U1 = torch.rand(len(p_UI), 1, generator=random, dtype=torch.float64)
     points_UT = (offset_U1 + torch.arange(count)) / count * cumulative_UI[:, -1:]
     return torch.searchsorted(cumulative_UI, points_UT, right=True).clamp_max(p_UI.shape[1] - 1)
 

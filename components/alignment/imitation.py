@@ -6,7 +6,9 @@ Legend: U windows, T targets a window, I items, L codes a picture, K codebook en
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +20,42 @@ from couturier.components.generator.tokenise import one_cycle
 from couturier.components.together import share
 
 
+@dataclass(frozen=True, kw_only=True)
+class Imitated:
+    """A batch's loss in nats a code, the same in nats a picture, its windows, and how many tokens were read."""
+
+    loss: Tensor
+    nats: float
+    windows: np.ndarray
+    tokens: int
+
+
+class Imitator:
+    """Draws items from what is wanted and measures how surprised the policy is by them."""
+
+    def __init__(self, scene: Scene, config: DistilConfig) -> None:
+        self.scene, self.config = scene, config
+
+    def loss(self, prompts: int) -> Imitated:
+        """Of this process's share of ``prompts`` fresh windows."""
+        scene, config, policy = self.scene, self.config, self.scene.policy
+        rows, _ = scene.sampler.draw(prompts)
+        p_UI = scene.wanted(rows)
+        items_UT = draw_evenly(p_UI, config.targets, scene.random)
+        keep_U = torch.rand(len(rows), generator=scene.random) >= config.condition_dropout
+        own = share(len(rows))
+        built = policy.prompts.build(scene.history(rows[own]))
+        built = built.where(keep_U[own], built.unconditional(policy.prompts.pad_id))
+        logits_UTLK = policy.train().logits(built, scene.codes_IL[items_UT[own]])
+        loss = imitation_loss(logits_UTLK, items_UT[own], p_UI[own], scene.codes_IL, scene.prefix_LI)
+        return Imitated(
+            loss=loss,
+            nats=float(loss.detach()) * scene.codes_IL.shape[1],
+            windows=rows[own],
+            tokens=built.ids_UP.numel() + items_UT[own].numel() * (scene.codes_IL.shape[1] - 1),
+        )
+
+
 class Imitation:
     """A phase of the loop."""
 
@@ -26,8 +64,8 @@ class Imitation:
     log_every = 1
     advice = "lower rl.distil.lr"
 
-    def __init__(self, scene: Scene, config: DistilConfig, watch: Watch) -> None:
-        self.scene, self.config, self.watch = scene, config, watch
+    def __init__(self, imitator: Imitator, watch: Watch) -> None:
+        self.imitator, self.watch, config = imitator, watch, imitator.config
         self.steps, self.weight_decay, self.look_every = config.steps, config.weight_decay, config.steps
 
     def begin(self) -> None:
@@ -35,29 +73,20 @@ class Imitation:
 
     def take(self, at: int) -> Step:
         """One step on items drawn from what is wanted."""
-        scene, config, policy = self.scene, self.config, self.scene.policy
-        rows, _ = scene.sampler.draw(config.prompts)
-        p_UI = scene.wanted(rows)
-        items_UT = draw_evenly(p_UI, config.targets, scene.random)
-        keep_U = torch.rand(len(rows), generator=scene.random) >= config.condition_dropout
-        own = share(len(rows))
-        prompts = policy.prompts.build(scene.history(rows[own]))
-        prompts = prompts.where(keep_U[own], prompts.unconditional(policy.prompts.pad_id))
-        logits_UTLK = policy.train().logits(prompts, scene.codes_IL[items_UT[own]])
-        loss = imitation_loss(logits_UTLK, items_UT[own], p_UI[own], scene.codes_IL, scene.prefix_LI)
-        nats = float(loss.detach()) * scene.codes_IL.shape[1]
+        config = self.imitator.config
+        made = self.imitator.loss(config.prompts)
         return Step(
-            loss=loss,
+            loss=made.loss,
             rate=config.lr * one_cycle(at, config.steps),
-            windows=rows[own],
-            values={"distil_nats": nats},
-            note=f"{nats:.2f} nats",
-            tokens=prompts.ids_UP.numel() + items_UT[own].numel() * (scene.codes_IL.shape[1] - 1),
+            windows=made.windows,
+            values={"distil_nats": made.nats},
+            note=f"{made.nats:.2f} nats",
+            tokens=made.tokens,
         )
 
     def look(self) -> dict[str, float]:
         """What an encoder outside the reward sees."""
-        return self.watch.look(self.scene.policy.eval())
+        return self.watch.look(self.imitator.scene.policy.eval())
 
     def state(self) -> dict[str, Tensor]:
         """Nothing beyond the model."""

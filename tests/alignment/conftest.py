@@ -7,14 +7,35 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from couturier.components.alignment import align, sft
+from couturier.components.alignment.distil import DistilConfig
+from couturier.components.alignment.grpo import GrpoConfig
+from couturier.components.alignment.guards import Guards
+from couturier.components.alignment.prospect import ProspectConfig
+from couturier.components.alignment.watch import WatchConfig
 from couturier.components.data.formats import Catalogue, Windows
 from couturier.components.generator import tokenise
 from couturier.components.generator.codec import PatchVQConfig
+from couturier.components.generator.janus import GeneratorConfig
+from couturier.components.interest import fit
 from couturier.components.lineage.stages import Silent, StageContext
 from couturier.components.lineage.workspace import Workspace
 
 ITEMS, KINDS, HISTORY = 30, 5, 4
+INPUTS = {"sequences": "sequences", "tokenise": "tokenise", "judge": "rl-judge", "sft": "rl-sft"}
+OFF = Guards(kl_nats=0, entropy_nats=0, distinct=0, copied=0, zero_variance_groups=0, watch_tolerance=0)
+CONFIG = align.Config(
+    threads=1,
+    prospect=ProspectConfig(windows=60, others_share=0.5),
+    distil=DistilConfig(steps=12, prompts=8, targets=3, copies=0.3),
+    grpo=GrpoConfig(steps=18, prompts=8, group=4, lr=1e-3, kl=0.01, warm_up_steps=2),
+    checkpoint_every=6,
+    watch=WatchConfig(every=12, windows=8, pictures=2),
+    guards=OFF,
+)
 
 
 def _catalogue() -> Catalogue:
@@ -95,3 +116,43 @@ def context(
         workspace=Workspace(project=root, root=root / ".couturier"),
         progress=progress or Silent(),
     )
+
+
+@pytest.fixture(scope="session")
+def started(world: Path) -> Path:
+    """A judge and a lightly tuned generator to start from."""
+    judge = fit.Config(threads=1)
+    fit.run(context(world, "rl-judge", judge, {"sequences": "sequences"}))
+    config = sft.Config(
+        threads=1,
+        generator=GeneratorConfig(width=32, layers=2, heads=2, ffn=48, history=HISTORY),
+        grounding_steps=60,
+        steps=30,
+        batch=16,
+        targets=2,
+        lr=3e-3,
+        valid_every=100,
+    )
+    sft.run(context(world, "rl-sft", config, {"sequences": "sequences", "tokenise": "tokenise"}))
+    return world
+
+
+class Killed(Exception):
+    """What a test raises in the middle of a loop."""
+
+
+class KillAt(Silent):
+    """Raises after that many steps."""
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    def advance(self, n: int = 1, *, note: str = "") -> None:
+        self.left -= n
+        if self.left < 0:
+            raise Killed
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of the model in a stage's folder."""
+    return load_file(folder / "model" / "model.safetensors")

@@ -10,40 +10,17 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from couturier.components.alignment import align, rewards, sft
+from couturier.components.alignment import align, rewards
 from couturier.components.alignment.credit import CreditConfig
 from couturier.components.alignment.distil import DistilConfig
-from couturier.components.alignment.grpo import Grpo, GrpoConfig, policy_loss
-from couturier.components.alignment.guards import Guards
-from couturier.components.alignment.prospect import ProspectConfig
+from couturier.components.alignment.grpo import Grpo, policy_loss
 from couturier.components.alignment.rewards import Weights, advantages
 from couturier.components.alignment.watch import Watch, WatchConfig
-from couturier.components.generator.janus import GeneratorConfig, JanusGenerator
-from couturier.components.interest import fit
+from couturier.components.generator.janus import JanusGenerator
 from couturier.components.lineage.checkpoints import Checkpoints
 
-from .conftest import HISTORY, context
-from .test_sft import KillAt, Killed
-
-INPUTS = {
-    "sequences": "sequences",
-    "tokenise": "tokenise",
-    "judge": "rl-judge",
-    "sft": "rl-sft",
-}
-OFF = Guards(kl_nats=0, entropy_nats=0, distinct=0, copied=0, zero_variance_groups=0, watch_tolerance=0)
-CONFIG = align.Config(
-    threads=1,
-    prospect=ProspectConfig(windows=60, others_share=0.5),
-    distil=DistilConfig(steps=12, prompts=8, targets=3, copies=0.3),
-    grpo=GrpoConfig(steps=18, prompts=8, group=4, lr=1e-3, kl=0.01, warm_up_steps=2),
-    checkpoint_every=6,
-    watch=WatchConfig(every=12, windows=8, pictures=2),
-    guards=OFF,
-)
-
+from .conftest import CONFIG, INPUTS, OFF, KillAt, Killed, context, weights
 
 RL_ALONE = dataclasses.replace(CONFIG, distil=DistilConfig(steps=0))
 
@@ -80,25 +57,6 @@ def test_equal_rewards_give_no_gradient_but_the_pull_to_the_reference() -> None:
 def test_the_kl_estimate_is_never_negative() -> None:
     lp, reference = torch.randn(2, 50, 3), torch.randn(2, 50, 3)
     assert policy_loss(lp, lp, reference, torch.zeros(2, 50), kl=1.0)[1].min() >= 0
-
-
-@pytest.fixture(scope="module")
-def started(world: Path) -> Path:
-    """A judge and a lightly tuned generator to start from."""
-    judge = fit.Config(threads=1)
-    fit.run(context(world, "rl-judge", judge, {"sequences": "sequences"}))
-    config = sft.Config(
-        threads=1,
-        generator=GeneratorConfig(width=32, layers=2, heads=2, ffn=48, history=HISTORY),
-        grounding_steps=60,
-        steps=30,
-        batch=16,
-        targets=2,
-        lr=3e-3,
-        valid_every=100,
-    )
-    sft.run(context(world, "rl-sft", config, {"sequences": "sequences", "tokenise": "tokenise"}))
-    return world
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +111,8 @@ def test_imitation_brings_the_policy_closer_to_what_is_wanted(started: Path) -> 
     scene.wanted = lambda rows: one.expand(len(rows), -1)  # type: ignore[method-assign]
     loop.run()
     codes = scene.policy.eval().sample(scene.history(np.arange(20)), 4, seeds=list(range(20)))
-    shown = scene.book.nearest[scene.book.look(codes.flatten(0, 1))]
+    seen = scene.book.look(codes.flatten(0, 1))
+    shown = scene.book.nearest[seen]
     assert (shown == 7).float().mean() > 0.8
     nats = [value for _, name, value in loop.curves if name == "distil_nats"]
     assert nats[-1] < 0.5 * nats[0]
@@ -167,8 +126,8 @@ def test_kill_and_resume_gives_the_same_bits(started: Path, aligned: tuple[Path,
         align.run(context(started, name, CONFIG, INPUTS, progress=KillAt(step)))
     again = context(started, name, CONFIG, INPUTS)
     align.run(again)
-    expected = load_file(aligned[0] / "model" / "model.safetensors")
-    found = load_file(again.out / "model" / "model.safetensors")
+    expected = weights(aligned[0])
+    found = weights(again.out)
     assert all(torch.equal(expected[key], found[key]) for key in expected)
     a, b = (pl.read_parquet(folder / "curves.parquet") for folder in (aligned[0], again.out))
     assert a.equals(b)
@@ -230,9 +189,9 @@ def test_every_option_learns_and_resumes_to_the_same_bits(started: Path, name: s
         align.run(context(started, f"rl-{name}-killed", config, INPUTS, progress=KillAt(6)))
     again = context(started, f"rl-{name}-killed", config, INPUTS)
     align.run(again)
-    a, b = (load_file(ctx.out / "model" / "model.safetensors") for ctx in (whole, again))
+    a, b = (weights(ctx.out) for ctx in (whole, again))
     assert all(torch.equal(a[key], b[key]) for key in a)
-    before = load_file(started / "rl-sft" / "model" / "model.safetensors")
+    before = weights(started / "rl-sft")
     assert any(not torch.equal(a[key], before[key]) for key in a)
     assert whole.facts == again.facts
     assert (whole.facts["clipped"] > 0) == (config.grpo.updates > 1)

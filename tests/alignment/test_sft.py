@@ -6,14 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from couturier.components.alignment import sft
 from couturier.components.errors import TrainingError
 from couturier.components.generator.janus import GeneratorConfig
-from couturier.components.lineage.stages import Silent
 
-from .conftest import HISTORY, context
+from .conftest import HISTORY, KillAt, Killed, context, weights
 
 INPUTS = {"sequences": "sequences", "tokenise": "tokenise"}
 CONFIG = sft.Config(
@@ -28,26 +26,6 @@ CONFIG = sft.Config(
     valid_every=40,
     valid_windows=36,
 )
-
-
-class Killed(Exception):
-    """What the test raises in the middle of a loop."""
-
-
-class KillAt(Silent):
-    """Raises after that many steps."""
-
-    def __init__(self, step: int) -> None:
-        self.left = step
-
-    def advance(self, n: int = 1, *, note: str = "") -> None:
-        self.left -= n
-        if self.left < 0:
-            raise Killed
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model" / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
