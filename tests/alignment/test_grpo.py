@@ -207,7 +207,7 @@ def test_credit_that_stresses_nothing_is_plain_to_the_bit(started: Path) -> None
     }.items():
         ctx = context(started, f"rl-credit-{name}", with_grpo(RL_ALONE, steps=4, credit=credit), INPUTS)
         align.run(ctx)
-        found[name] = (load_file(ctx.out / "model" / "model.safetensors"), ctx.facts)
+        found[name] = (weights(ctx.out), ctx.facts)
     (plain, facts), (ones, _), (anchor, stressed) = found.values()
     assert all(torch.equal(plain[key], ones[key]) for key in plain)
     assert any(not torch.equal(plain[key], anchor[key]) for key in plain)
