@@ -206,7 +206,7 @@ class Grpo:
             old_UnL=None,
             reference_UnL=None,
             advantage_Un=advantage,
-            values=scene.describe(rollout, reward_Un, terms) | shares,
+            values=dict(sorted((scene.describe(rollout, reward_Un, terms) | shares).items())),
         )
 
     def _logits(self, policy: JanusGenerator, prompts: Prompts, batch: _Batch) -> Tensor:
@@ -244,7 +244,7 @@ class Grpo:
         self.reference.load_state_dict(parts["reference"])
         if parts["batch"]:
             rows = parts["batch"].pop("rows").numpy()
-            values = {name: float(value) for name, value in parts["value"].items()}
+            values = {name: float(value) for name, value in sorted(parts["value"].items())}
             self.batch = _Batch(rows=rows, values=values, **parts["batch"])  # type: ignore[arg-type]
 
 
