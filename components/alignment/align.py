@@ -4,6 +4,7 @@
     rl.method=dpo         imitation, then preferences between the policy's own pictures, over several rounds
     rl.method=rejection   imitation, then fine-tuning on the policy's own best pictures
     rl.method=imitation   imitation alone
+    rl.method=ppd         personalised preference fine-tuning, of a diffusion generator
 
 ``rl.distil.steps=0`` leaves the imitation out of any of them. Every method starts from the fine-tuned model, sees the
 same windows and the same judge, and is watched by an encoder that no reward has seen. What differs is in each method's
@@ -21,6 +22,7 @@ from couturier.components.alignment.grpo import Grpo, GrpoConfig
 from couturier.components.alignment.guards import Guards, Watchman
 from couturier.components.alignment.imitation import Imitation, Imitator
 from couturier.components.alignment.loop import Loop, LoopConfig, Phase
+from couturier.components.alignment.ppd import Ppd, PpdConfig
 from couturier.components.alignment.prospect import ProspectConfig
 from couturier.components.alignment.rejection import Rejection, RejectionConfig
 from couturier.components.alignment.rewards import Weights
@@ -47,6 +49,7 @@ class Config:
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
     rejection: RejectionConfig = field(default_factory=RejectionConfig)
+    ppd: PpdConfig = field(default_factory=PpdConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     guards: Guards = field(default_factory=Guards)
     clip: float = 1.0
@@ -57,33 +60,35 @@ class Config:
             raise ConfigError(f"rl.method is {self.method!r}; choose one of {', '.join(METHODS)}.")
 
 
-def _grpo(scene: Scene, config: Config, imitator: Imitator, watch: Watch) -> Phase:
-    return Grpo(scene, config.grpo, watch, look_every=config.watch.every)
+def _imitation(scene: Scene, config: Config, watch: Watch) -> list[Phase]:
+    return [Imitation(Imitator(scene, config.distil), watch)]
 
 
-def _dpo(scene: Scene, config: Config, imitator: Imitator, watch: Watch) -> Phase:
-    return Dpo(scene, config.dpo, imitator, watch, look_every=config.watch.every)
+def _grpo(scene: Scene, config: Config, watch: Watch) -> list[Phase]:
+    return [*_imitation(scene, config, watch), Grpo(scene, config.grpo, watch, look_every=config.watch.every)]
 
 
-def _rejection(scene: Scene, config: Config, imitator: Imitator, watch: Watch) -> Phase:
-    return Rejection(scene, config.rejection, watch, look_every=config.watch.every)
+def _dpo(scene: Scene, config: Config, watch: Watch) -> list[Phase]:
+    dpo = Dpo(scene, config.dpo, Imitator(scene, config.distil), watch, look_every=config.watch.every)
+    return [*_imitation(scene, config, watch), dpo]
 
 
-METHODS: dict[str, Callable[[Scene, Config, Imitator, Watch], Phase] | None] = {
+def _rejection(scene: Scene, config: Config, watch: Watch) -> list[Phase]:
+    return [*_imitation(scene, config, watch), Rejection(scene, config.rejection, watch, look_every=config.watch.every)]
+
+
+def _ppd(scene: Scene, config: Config, watch: Watch) -> list[Phase]:
+    return [Ppd(scene, config.ppd, watch, look_every=config.watch.every)]
+
+
+METHODS: dict[str, Callable[[Scene, Config, Watch], list[Phase]]] = {
     "grpo": _grpo,
     "dpo": _dpo,
     "rejection": _rejection,
-    "imitation": None,
+    "imitation": _imitation,
+    "ppd": _ppd,
 }
-"""What follows the imitation, by the method's name."""
-
-
-def phases(scene: Scene, config: Config, watch: Watch) -> list[Phase]:
-    """The phases of the configured method."""
-    imitator = Imitator(scene, config.distil)
-    then = METHODS[config.method]
-    first = Imitation(imitator, watch)
-    return [first] if then is None else [first, then(scene, config, imitator, watch)]
+"""The phases of each method, by name."""
 
 
 def run(ctx: StageContext) -> None:
@@ -106,13 +111,15 @@ def prepare(ctx: StageContext, config: Config) -> tuple[Loop, Scene]:
     scene = Scene(ctx, seed=config.seed, weights=config.weights, distil=config.distil, prospect=config.prospect)
     watch = Watch(ctx, scene.catalogue, scene.codec, config.watch)
     watchman = Watchman(config.guards)
+    # First the phases: a method may add to the policy what will learn.
+    phases = METHODS[config.method](scene, config, watch)
     parameters = scene.policy.parameters_to_train()
     loop = Loop(
         ctx,
         "rl",
         scene.policy,
         parameters,
-        phases(scene, config, watch),
+        phases,
         scene.random,
         LoopConfig(clip=config.clip, checkpoint_every=config.checkpoint_every),
         keepers={"prospect": scene, "guards": watchman},

@@ -149,7 +149,7 @@ class Dpo:
         rows, _ = scene.sampler.draw(count)
         seeds = torch.randint(2**62, (count,), generator=scene.random).tolist()
         # Every process draws all pairs: which of them a step reads is decided later.
-        policy = scene.policy.eval()
+        policy = scene.janus.eval()
         parts, rewards, seen = [], [], []
         for start in range(0, count, config.batch):
             some = slice(start, start + config.batch)
@@ -184,7 +184,7 @@ class Dpo:
 
     def _preference(self, some: Tensor) -> tuple[Tensor, dict[str, float], int]:
         """DPO loss of some pairs of the round, its figures, and the tokens read."""
-        policy, pairs = self.scene.policy, self.pairs
+        policy, pairs = self.scene.janus, self.pairs
         codes_P2L, kept_P = pairs["codes_P2L"][some], pairs["telling_P"][some].float()
         prompts = policy.prompts.build(self.scene.history(pairs["rows"][some].numpy()))
         lp_P2 = policy.log_prob(prompts, codes_P2L).sum(-1)
@@ -202,7 +202,7 @@ class Dpo:
 
     def look(self) -> dict[str, float]:
         """What an encoder outside the reward sees."""
-        return self.watch.look(self.scene.policy.eval())
+        return self.watch.look(self.scene.janus.eval())
 
     def state(self) -> dict[str, Tensor]:
         """The pairs of the round."""

@@ -129,7 +129,7 @@ class Grpo:
 
     def begin(self) -> None:
         """GRPO must stay close to the policy it begins with."""
-        self.reference = copy.deepcopy(self.scene.policy).requires_grad_(False).eval()
+        self.reference = copy.deepcopy(self.scene.janus).requires_grad_(False).eval()
 
     def take(self, at: int) -> Step:
         """One update; every ``updates``-th draws new pictures first."""
@@ -139,8 +139,8 @@ class Grpo:
             self.batch = self._draw()
         batch = self.batch
         assert batch is not None and self.reference is not None
-        prompts = scene.policy.prompts.build(scene.history(batch.rows))
-        logits_UnLK = self._logits(scene.policy, prompts, batch)
+        prompts = scene.janus.prompts.build(scene.history(batch.rows))
+        logits_UnLK = self._logits(scene.janus, prompts, batch)
         lp_UnL = _log_prob(logits_UnLK, batch.codes_UnL)
         if batch.old_UnL is None or batch.reference_UnL is None:
             reference_UnL = lp_UnL.detach()
@@ -188,14 +188,14 @@ class Grpo:
     def _draw(self) -> _Batch:
         config, scene = self.config, self.scene
         rows, seeds = scene.choose(config.prompts)
-        codes_UnL = scene.policy.eval().sample(
+        codes_UnL = scene.janus.eval().sample(
             scene.history(rows), config.group, seeds=seeds, temperature=config.temperature, guidance=config.guidance
         )
         rollout = scene.rollout(rows, codes_UnL)
         reward_Un, terms = score(rollout, scene.weights)
         advantage, shares = credited(
-            scene.policy,
-            scene.policy.prompts.build(scene.history(rows)),
+            scene.janus,
+            scene.janus.prompts.build(scene.history(rows)),
             codes_UnL,
             advantages(reward_Un, by_std=config.advantage_by_std),
             config.credit,
@@ -219,7 +219,7 @@ class Grpo:
 
     def look(self) -> dict[str, float]:
         """What an encoder outside the reward sees."""
-        return self.watch.look(self.scene.policy.eval())
+        return self.watch.look(self.scene.janus.eval())
 
     def state(self) -> dict[str, Tensor]:
         """Where GRPO began, and the samples that further updates will learn from."""

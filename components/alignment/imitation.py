@@ -38,7 +38,7 @@ class Imitator:
 
     def loss(self, prompts: int) -> Imitated:
         """Of this process's share of ``prompts`` fresh windows."""
-        scene, config, policy = self.scene, self.config, self.scene.policy
+        scene, config, policy = self.scene, self.config, self.scene.janus
         rows, _ = scene.sampler.draw(prompts)
         p_UI = scene.wanted(rows)
         items_UT = draw_evenly(p_UI, config.targets, scene.random)
@@ -86,7 +86,7 @@ class Imitation:
 
     def look(self) -> dict[str, float]:
         """What an encoder outside the reward sees."""
-        return self.watch.look(self.imitator.scene.policy.eval())
+        return self.watch.look(self.imitator.scene.janus.eval())
 
     def state(self) -> dict[str, Tensor]:
         """Nothing beyond the model."""

@@ -92,7 +92,7 @@ class Rejection:
         """Draw, compare with the fallbacks, learn what stands."""
         config, scene = self.config, self.scene
         rows, seeds = scene.choose(config.prompts)
-        policy = scene.policy.eval()
+        policy = scene.janus.eval()
         codes_UnL = policy.sample(scene.history(rows), config.candidates, seeds=seeds, temperature=config.temperature)
         targets_UTL, values = self.targets(rows, codes_UnL)
         prompts = policy.prompts.build(scene.history(rows))
@@ -130,7 +130,7 @@ class Rejection:
 
     def look(self) -> dict[str, float]:
         """What an encoder outside the reward sees."""
-        return self.watch.look(self.scene.policy.eval())
+        return self.watch.look(self.scene.janus.eval())
 
     def state(self) -> dict[str, Tensor]:
         """Nothing beyond the model."""

@@ -19,8 +19,10 @@ from couturier.components.alignment.distil import DistilConfig, prefixes, wanted
 from couturier.components.alignment.prospect import Prospect, ProspectConfig
 from couturier.components.alignment.rewards import PictureBook, Rollout, Weights, membership
 from couturier.components.data.formats import Catalogue, Windows
+from couturier.components.errors import ConfigError
 from couturier.components.generator.codec import load_codec
 from couturier.components.generator.janus import JanusGenerator
+from couturier.components.generator.types import load_generator
 from couturier.components.interest.judge import history_batch, load_judge
 from couturier.components.lineage.stages import StageContext
 from couturier.components.runtime import seeded
@@ -43,7 +45,7 @@ class Scene:
         self.distil_config, self.prospect_config = distil, prospect
         self.catalogue = Catalogue.load(ctx.inputs["sequences"])
         self.train = Windows.load(ctx.inputs["sequences"], "train")
-        self.policy = JanusGenerator.load(ctx.inputs["sft"] / "model").train()
+        self.policy = load_generator(ctx.inputs["sft"] / "model").train()
         self.judge = load_judge(ctx.inputs["judge"] / "judge")
         # A basket rate of one half an item is kept for items no training basket held.
         held_I = np.bincount(self.train.basket, minlength=len(self.catalogue)) + 0.5
@@ -57,6 +59,20 @@ class Scene:
         self.book.look(self.codes_IL)
         self.random = seeded(seed, "rl", "rollouts")
         self.sampler = WindowSampler(self.train, self.random, targets=1)
+
+    @property
+    def janus(self) -> JanusGenerator:
+        """The policy, for methods that need the probability of each code.
+
+        Raises:
+            ConfigError: it is of another family.
+        """
+        if not isinstance(self.policy, JanusGenerator):
+            raise ConfigError(
+                "this rl.method needs a generator that writes codes one by one, and sft trained a diffusion model. "
+                "Choose rl.method=ppd, or set sft.generator.family=janus."
+            )
+        return self.policy
 
     def begin(self) -> None:
         """Fit the prospect."""

@@ -84,14 +84,17 @@ class Denoiser(nn.Module):
         self.dit = PixArtTransformer2DModel(
             num_attention_heads=config.heads,
             attention_head_dim=w // config.heads,
-            in_channels=d,
+            in_channels=d + w,
             out_channels=k,
             num_layers=config.layers,
             cross_attention_dim=w,
             sample_size=self.edge,
             patch_size=1,
         )
-        self.shift = config.shift or (codes * d) ** 0.5 / 4.5
+        self.prior_LK = nn.Parameter(torch.zeros(codes, k))
+        self.code_KW = nn.Parameter(torch.randn(k, w))
+        self.bind_LW = nn.Parameter(torch.randn(codes, w))
+        self.shift = config.shift or (codes * d / (1 + config.stagger)) ** 0.5 / 4.5
         self._first_weights()
         self.look = nn.Sequential(nn.LayerNorm(features_IF.shape[1]), nn.Linear(features_IF.shape[1], w))
         self.place_SW = nn.Parameter(torch.randn(config.history, w) * 0.1)
@@ -107,6 +110,21 @@ class Denoiser(nn.Module):
         for block in self.dit.transformer_blocks:
             block.scale_shift_table.zero_()
             block.scale_shift_table[[2, 5]] = 1.0
+
+    @property
+    def shape_LD(self) -> tuple[int, int]:
+        """Of one picture's noise."""
+        return self.codes_per_picture, self.codebook_KD.shape[1]
+
+    @torch.no_grad()
+    def set_prior(self, codes_IL: Tensor, weight_I: Tensor) -> None:
+        """Begin with how often each code stands at each place, in pictures weighted by ``weight_I``: the denoiser is
+        then the best one that looks at every place alone, and learns what places say of each other."""
+        count_LK = torch.full_like(self.prior_LK, 0.01)
+        share_I = (weight_I / weight_I.mean()).to(count_LK.dtype)
+        for place, codes_I in enumerate(codes_IL.T):
+            count_LK[place].index_add_(0, codes_I, share_I)
+        self.prior_LK.copy_((count_LK / count_LK.sum(1, keepdim=True)).log())
 
     def condition(
         self, favourites_UK: np.ndarray | Tensor, *, keep_U: Tensor | None = None, users_UEW: Tensor | None = None
@@ -138,30 +156,38 @@ class Denoiser(nn.Module):
         """Log-probabilities, up to a constant, of each code at each place, ``[N, L, K]``.
 
         Args:
-            x_NLD: noisy code vectors;  time_N: in (0, 1], the share of the way to noise before the shift.
+            x_NLD: noisy code vectors;  time_N: in (0, 1], the share of the way back to noise.
         """
-        level_N = self.noise_level(time_N)
+        own_NLK = self._own_evidence(x_NLD, self.noise_level(time_N)) + self.prior_LK
+        guess_NLW = own_NLK.softmax(-1) @ self.code_KW * self.bind_LW
         users = condition.users_NEW
         out_NKgg = self.dit(
-            x_NLD.transpose(1, 2).unflatten(2, (self.edge, self.edge)),
+            torch.cat([x_NLD, guess_NLW], -1).transpose(1, 2).unflatten(2, (self.edge, self.edge)),
             encoder_hidden_states=condition.tokens_NSW,
             timestep=time_N * 1000,
             encoder_attention_mask=condition.mask_NS,
             cross_attention_kwargs=None if users is None else {"ip_hidden_states": users},
             return_dict=False,
         )[0]
-        return out_NKgg.flatten(2).transpose(1, 2) + self._own_evidence(x_NLD, level_N[:, None, None])
+        return out_NKgg.flatten(2).transpose(1, 2) + own_NLK
+
+    def times_of_places(self, time_N: Tensor) -> Tensor:
+        """Where each place is on its own way from clean (0) to noise (1), ``[N, L, 1]``: earlier places are clean
+        sooner."""
+        stagger, last = self.config.stagger, max(1, self.codes_per_picture - 1)
+        lead_L = stagger * (1 - torch.arange(self.codes_per_picture, device=time_N.device) / last)
+        return (time_N[:, None] * (1 + stagger) - lead_L).clamp(0, 1)[..., None]
 
     def noise_level(self, time_N: Tensor) -> Tensor:
-        """Share of noise s along the path: ``shift * t / (1 + (shift - 1) * t)``, as the scheduler has it."""
-        shift = self.shift
-        return shift * time_N / (1 + (shift - 1) * time_N)
+        """Share of noise s of each place ``[N, L, 1]``: ``shift * t / (1 + (shift - 1) * t)`` of its own time t."""
+        t, shift = self.times_of_places(time_N), self.shift
+        return shift * t / (1 + (shift - 1) * t)
 
-    def _own_evidence(self, x_NLD: Tensor, s_N11: Tensor) -> Tensor:
+    def _own_evidence(self, x_NLD: Tensor, s_NL1: Tensor) -> Tensor:
         """Log density of a noisy vector under each code, less what all codes share: ``[N, L, K]``."""
-        signal = 1 - s_N11
+        signal = 1 - s_NL1
         cross = x_NLD @ self.codebook_KD.T * signal
-        return (cross - 0.5 * signal.square() * self.codebook_KD.square().sum(1)) / s_N11.square().clamp_min(1e-6)
+        return (cross - 0.5 * signal.square() * self.codebook_KD.square().sum(1)) / s_NL1.square().clamp_min(1e-4)
 
     def denoise(self, x_NLD: Tensor, time_N: Tensor, condition: Condition) -> Tensor:
         """The expected clean vectors ``[N, L, D]``."""
@@ -178,18 +204,27 @@ class Denoiser(nn.Module):
         """
         n = codes_UnL.shape[1]
         codes_NL = codes_UnL.flatten(0, 1)
-        time_N = times(len(codes_NL), random)
-        x_NLD = self.add_noise(self.codebook_KD[codes_NL], self._noise(codes_NL, random), time_N)
+        noise_NLD, time_N = self.noise_for(codes_NL, random)
+        x_NLD = self.add_noise(self.codebook_KD[codes_NL], noise_NLD, time_N)
         condition = self.condition(favourites_UK, keep_U=keep_U).repeat(n)
-        loss = F.cross_entropy(self.logits(x_NLD, time_N, condition).flatten(0, 1), codes_NL.flatten())
+        each_NL = F.cross_entropy(self.logits(x_NLD, time_N, condition).transpose(1, 2), codes_NL, reduction="none")
+        # What is clean teaches nothing, and what is nothing but noise is not asked for yet.
+        t_NL = self.times_of_places(time_N)[..., 0]
+        moving_NL = ((t_NL > 0) & (t_NL < 1)).float()
+        loss = (each_NL * moving_NL).sum() / moving_NL.sum().clamp_min(1)
         return loss, codes_NL.numel() + condition.mask_NS.numel()
+
+    def noise_for(self, codes_NL: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Noise ``[N, L, D]`` and levels ``[N]`` (:func:`times`) for a batch of pictures."""
+        device = self.codebook_KD.device
+        return self._noise(codes_NL, random).to(device), times(len(codes_NL), random).to(device)
 
     def _noise(self, codes_NL: Tensor, random: torch.Generator) -> Tensor:
         return torch.randn(*codes_NL.shape, self.codebook_KD.shape[1], generator=random)
 
     def add_noise(self, clean_NLD: Tensor, noise_NLD: Tensor, time_N: Tensor) -> Tensor:
         """A point of the path between pictures and noise."""
-        s = self.noise_level(time_N)[:, None, None]
+        s = self.noise_level(time_N)
         return (1 - s) * clean_NLD + s * noise_NLD
 
     def error_nats(self, codes_NL: Tensor, noise_NLD: Tensor, time_N: Tensor, condition: Condition) -> Tensor:
@@ -197,12 +232,17 @@ class Denoiser(nn.Module):
 
         -log P(x) is half the integral of the squared error of the best denoiser over the signal-to-noise ratio r, for
         discrete x without remainder (pointwise in Kong et al., arXiv 2302.03792, after Guo et al. 2005); those of any
-        other denoiser lie above. With r = ((1 - t) / (shift * t))^2, dr = 2 r / (t (1 - t)) dt.
+        other denoiser lie above. The gradient over the ratio of each place is the error of that place, so places may
+        go one after the other. With r = ((1 - t) / (shift * t))^2, dr = 2 r / (t (1 - t)) dt.
         """
         x_NLD = self.add_noise(self.codebook_KD[codes_NL], noise_NLD, time_N)
-        missed_N = (self.denoise(x_NLD, time_N, condition) - self.codebook_KD[codes_NL]).square().sum((1, 2))
-        ratio_N = ((1 - time_N) / (self.shift * time_N)).square()
-        return ratio_N * missed_N / (time_N * (1 - time_N))
+        missed_NL = (self.denoise(x_NLD, time_N, condition) - self.codebook_KD[codes_NL]).square().sum(-1)
+        t_NL = self.times_of_places(time_N)[..., 0]
+        moving_NL = (t_NL > _EDGE) & (t_NL < 1 - _EDGE)
+        t_NL = t_NL.clamp(_EDGE, 1 - _EDGE)
+        ratio_NL = ((1 - t_NL) / (self.shift * t_NL)).square()
+        each_NL = ratio_NL * missed_NL / (t_NL * (1 - t_NL)) * moving_NL
+        return each_NL.sum(1) * (1 + self.config.stagger)
 
 
 def times(count: int, random: torch.Generator) -> Tensor:

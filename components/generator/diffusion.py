@@ -6,12 +6,12 @@
           ▲                                                                                 │
           └─────────────────────────────────────────────────────────────────────────────────┘
 
-The transformer and the Euler steps are diffusers'; what is denoised, and how it is learned, stands in
+The transformer is diffusers'; what is denoised, and how it is learned, stands in
 :mod:`couturier.components.generator.denoiser`. A sample is quantised to codes, so that decoding, rewards, evaluation
 and serving are those of the other family.
 
 Legend: U users, n pictures a user, N = U * n, L codes a picture, K codebook entries, D code width, I items,
-F understanding features, W width, P preference pairs, E user tokens.
+F understanding features, W width, P preference pairs, E user tokens, M noise levels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import JanusVisionModel
@@ -86,6 +85,7 @@ class DiffusionGenerator(Denoiser):
         popular_I = torch.from_numpy(np.argsort(-purchases, kind="stable").copy())
         with global_seed(seed, "diffusion"):
             made = cls(config, understand(eyes, catalogue), standard, popular_I, codes=codes_IL.shape[1])
+        made.set_prior(codes_IL, torch.from_numpy(purchases))
         return made
 
     @property
@@ -110,17 +110,20 @@ class DiffusionGenerator(Denoiser):
 
     @torch.no_grad()
     def nats(self, favourites_UK: np.ndarray | Tensor, codes_UnL: Tensor, *, unconditional: bool = False) -> Tensor:
-        """Nats a picture ``[U, n]``, over evenly spaced levels and noise that is the same for every call."""
+        """Nats a picture ``[U, n]``, an estimate over evenly spaced levels. A picture's noise comes from its codes, so
+        that the same picture after two histories differs by the histories alone."""
         u, n, _ = codes_UnL.shape
         keep_U = torch.full((u,), not unconditional)
         condition = self.condition(favourites_UK, keep_U=keep_U, users_UEW=self.users_of(favourites_UK)).repeat(n)
         codes_NL, levels = codes_UnL.flatten(0, 1), self.config.nats_levels
-        random, total_N = seeded(0, "diffusion nats"), torch.zeros(u * n)
+        names = [row.tobytes().hex() for row in codes_NL.cpu().numpy()]
+        noise_NMLD = torch.stack(
+            [torch.randn(levels, *self.shape_LD, generator=seeded(0, "diffusion nats", name)) for name in names]
+        ).to(self.codebook_KD.device)
+        total_N = noise_NMLD.new_zeros(u * n)
         for level in range(levels):
-            # The same noise for every picture: what differs is the picture and the person.
-            noise = self._noise(codes_NL[:1], random).expand(len(codes_NL), -1, -1)
-            time_N = torch.full((u * n,), (level + 0.5) / levels)
-            total_N += self.error_nats(codes_NL, noise, time_N, condition) / levels
+            time_N = total_N.new_full((u * n,), (level + 0.5) / levels)
+            total_N = total_N + self.error_nats(codes_NL, noise_NMLD[:, level], time_N, condition) / levels
         return total_N.view(u, n)
 
     def nll(self, favourites_UK: np.ndarray | Tensor, codes_UL: Tensor, *, unconditional: bool = False) -> Tensor:
@@ -166,13 +169,12 @@ class DiffusionGenerator(Denoiser):
             free = self.condition(favourites_UK, keep_U=~keep, users_UEW=known).repeat(n)
             condition = own.beside(free)
         x_NLD = torch.cat([self._start(seed, n, spread=spread) for seed in seeds])
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=self.shift)
-        path = np.linspace(1.0, 1.0 / self.config.steps, self.config.steps)
-        scheduler.set_timesteps(sigmas=path.tolist())
-        for time, timestep in zip(path.tolist(), scheduler.timesteps, strict=True):
+        path = torch.linspace(1, 0, self.config.steps + 1, device=x_NLD.device)
+        level_SL1 = self.noise_level(path)
+        for step, time in enumerate(path[:-1].tolist()):
             clean_NLD = self._expected(x_NLD, time, condition, settings)
-            level = float(self.noise_level(torch.tensor(time)))
-            x_NLD = scheduler.step((x_NLD - clean_NLD) / level, timestep, x_NLD, return_dict=False)[0]
+            # Euler along the straight path: the share of the noise that is left shrinks from one level to the next.
+            x_NLD = clean_NLD + (x_NLD - clean_NLD) * (level_SL1[step + 1] / level_SL1[step].clamp_min(1e-6))
         return self.quantise(x_NLD).view(users, n, -1)
 
     def quantise(self, x_NLD: Tensor) -> Tensor:
@@ -183,8 +185,7 @@ class DiffusionGenerator(Denoiser):
     def _start(self, seed: int, n: int, *, spread: bool) -> Tensor:
         """Noise ``[n, L, D]`` of one user. Spread, it is centred on nought over the n and scaled back to unit variance:
         each picture's noise is standard normal still, and any two correlate by -1 / (n - 1)."""
-        shape = (n, self.codes_per_picture, self.codebook_KD.shape[1])
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn(n, *self.shape_LD, generator=torch.Generator().manual_seed(seed))
         if spread and n > 1:
             noise = (noise - noise.mean(0)) * (n / (n - 1)) ** 0.5
         return noise.to(self.codebook_KD.device)
@@ -215,7 +216,7 @@ class DiffusionGenerator(Denoiser):
         # Among this many of the most popular, enough are not in any history of this length.
         popular = self.popular_I[: items.shape[1] + count]
         taken = (popular[None, :, None] == items[:, None]).any(-1)
-        order = taken.to(torch.int8).argsort(1, stable=True)[:, :count]
+        order = taken.to(torch.int8).argsort(dim=1, stable=True)[:, :count]
         bad = popular[order].masked_fill(taken.gather(1, order), -1)
         bad = F.pad(bad, (0, count - bad.shape[1]), value=-1)
         none = (good < 0) | (bad < 0)

@@ -39,6 +39,7 @@ class PairReader(nn.Module):
         super().__init__()
         w = config.width
         self.norm = nn.LayerNorm(features)
+        self.contrast = nn.Linear(features, w)
         self.pair = nn.Sequential(nn.Linear(3 * features, 2 * w), nn.GELU(), nn.Linear(2 * w, w))
         self.asks_EW = nn.Parameter(torch.randn(config.tokens, w))
         self.gather = nn.MultiheadAttention(w, config.heads, batch_first=True)
@@ -47,13 +48,14 @@ class PairReader(nn.Module):
     def forward(self, preferred_UPF: Tensor, other_UPF: Tensor, real_UP: Tensor) -> Tensor:
         """``real_UP`` is False where there is no pair."""
         good, bad = self.norm(preferred_UPF), self.norm(other_UPF)
-        pair_UPW = self.pair(torch.cat([good, bad, good - bad], -1))
+        # What sets the two apart goes straight through: a preference can turn round without anything being learned.
+        pair_UPW = self.contrast(good - bad) + self.pair(torch.cat([good, bad, good - bad], -1))
         none_U = ~real_UP.any(1)
         # Where nothing is real everything is let through, so that no softmax is empty; the zeros below undo it.
         hidden_UP = ~(real_UP | none_U[:, None])
         asks_UEW = self.asks_EW.expand(len(pair_UPW), -1, -1)
         found_UEW, _ = self.gather(asks_UEW, pair_UPW, pair_UPW, key_padding_mask=hidden_UP, need_weights=False)
-        users_UEW = self.out(asks_UEW + found_UEW)
+        users_UEW = found_UEW + self.out(found_UEW)
         return users_UEW.masked_fill(none_U[:, None, None], 0.0)
 
 

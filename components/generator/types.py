@@ -40,17 +40,21 @@ class DiffusionConfig:
     steps: int = 16
     """Calls of the denoiser a picture."""
     shift: float = 0.0
-    """How far steps and training lean towards noise; 1 is even in the path's time, 0 stands for sqrt(L * D) / 4.5."""
+    """How far steps and training lean towards noise; 1 is even in the path's time, 0 stands for
+    sqrt(L * D / (1 + stagger)) / 4.5."""
+    stagger: float = 3.0
+    """How much later the last place of a picture is denoised than the first, in times that one place takes; 0 denoises
+    all at once."""
     nats_levels: int = 16
     """Noise levels over which :meth:`DiffusionGenerator.nats` integrates."""
 
     def __post_init__(self) -> None:
         if self.width % self.heads or min(self.width, self.layers, self.heads, self.history, self.steps) < 1:
             raise ConfigError(f"{self} does not work: all must be at least 1 and width a multiple of heads.")
-        if self.shift < 0 or self.nats_levels < 1:
+        if self.shift < 0 or self.stagger < 0 or self.nats_levels < 1:
             raise ConfigError(
-                f"shift is {self.shift} and nats_levels {self.nats_levels}; the first must not be negative (0: by the "
-                "size of a picture), the second at least 1."
+                f"shift is {self.shift}, stagger {self.stagger} and nats_levels {self.nats_levels}; the first two must "
+                "not be negative (shift 0: by the size of a picture), the last at least 1."
             )
 
 

@@ -1,0 +1,231 @@
+"""Personalised preference fine-tuning of the diffusion generator (PPD, Dang et al., arXiv 2501.06655).
+
+    history ─▶ four pairs: a favourite, something popular that was passed over ─▶ user embedding ─┐
+    next basket ─▶ what was taken, something popular that was not ─▶ one noise, one noise level ──┴▶ denoiser with it
+                                                                              └────────────▶ denoiser without it
+
+One model is aligned with everybody at once, since it is told whose preference counts. The loss is Diffusion-DPO
+(Wallace et al., arXiv 2311.12908): the denoiser should gain on the base model more at the preferred picture than at the
+other. The reference knows no user. What PPD adds to the base model is all that learns, so the reference is the same
+network with the embedding left out.
+
+Errors are weighted as in the likelihood integral (:meth:`Denoiser.error_nats`), so that ``beta`` counts nats, as in DPO
+of language models; the paper's code weighs all levels alike and takes beta in the thousands. Which pairs are mined from
+behaviour logs is ours, since people here rate nothing: they take, or they pass over.
+
+Legend: U users, n pictures a user, N = U * n, L codes a picture, K favourites, I items, E user tokens, W width,
+P pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from couturier.components.alignment.batches import WindowSampler
+from couturier.components.alignment.loop import Step
+from couturier.components.alignment.rewards import membership, score
+from couturier.components.alignment.scene import Scene
+from couturier.components.alignment.watch import Watch
+from couturier.components.errors import ConfigError
+from couturier.components.generator.types import PreferenceConfig
+from couturier.components.together import share
+
+if TYPE_CHECKING:
+    from couturier.components.generator.diffusion import DiffusionGenerator
+
+SOURCES = ("taken", "judged")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PpdConfig:
+    """How preferences are learned."""
+
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    source: str = "taken"
+    """Where the pairs that are learned come from. "taken": an item of the next basket against a popular one that was
+    passed over; "judged": of some pictures drawn for the person, the best against the worst by the reward."""
+    steps: int = 120
+    prompts: int = 24
+    """Windows a step."""
+    pairs: int = 2
+    """Pairs learned a window; with "judged" it is one."""
+    group: int = 6
+    """Pictures drawn a window, of which "judged" takes the best and the worst."""
+    beta: float = 0.1
+    """How firmly the model is held to the base, per nat."""
+    anchor: float = 0.0
+    """Weight of the plain denoising error of the preferred picture, in nats, beside the preference loss."""
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    warm_up_steps: int = 10
+
+    def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise ConfigError(f"rl.ppd.source is {self.source!r}; choose one of {', '.join(SOURCES)}.")
+        if self.group < 2 or self.pairs < 1 or self.beta <= 0:
+            raise ConfigError(
+                f"rl.ppd.group is {self.group}, pairs {self.pairs} and beta {self.beta}; at least 2 pictures, 1 pair "
+                "and a beta above 0 are needed."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preferences:
+    """Pairs to learn from: histories [U, K], and codes of what is preferred and what is not, [U, n, L] each."""
+
+    favourites_UK: np.ndarray
+    better_UnL: Tensor
+    worse_UnL: Tensor
+
+
+def ppd_loss(
+    generator: DiffusionGenerator,
+    given: Preferences,
+    users_UEW: Tensor,
+    *,
+    beta: float,
+    random: torch.Generator,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``-log sigmoid(-beta * [(e_w - e_l) - (ref_w - ref_l)])``, errors e in nats at one shared noise and level.
+
+    Args:
+        users_UEW: embeddings of :meth:`DiffusionGenerator.embed_users`.
+        random: noise and levels come from it.
+
+    Returns:
+        The loss of each pair ``[U, n]``; by how many nats the model gains on the base more at the preferred picture
+        ``[U, n]``; the error of the preferred one ``[U, n]``.
+    """
+    u, n, _ = given.better_UnL.shape
+    codes_NL = torch.cat([given.better_UnL.flatten(0, 1), given.worse_UnL.flatten(0, 1)])
+    half, time_N = generator.noise_for(given.better_UnL.flatten(0, 1), random)
+    noise, time = torch.cat([half, half]), torch.cat([time_N, time_N])
+    own = generator.condition(given.favourites_UK, users_UEW=users_UEW).repeat(n)
+    error_N = generator.error_nats(codes_NL, noise, time, own.beside(own))
+    with torch.no_grad():
+        base = generator.condition(given.favourites_UK).repeat(n)
+        reference_N = generator.error_nats(codes_NL, noise, time, base.beside(base))
+    gain_w, gain_l = (reference_N - error_N).view(2, u, n)
+    margin_Un = gain_w - gain_l
+    return -F.logsigmoid(beta * margin_Un), margin_Un, error_N.view(2, u, n)[0]
+
+
+def passed_over(weight_I: Tensor, known_UI: Tensor, count: int, random: torch.Generator) -> Tensor:
+    """``count`` items a person ``[U, count]``, by popularity among those they are not known to have taken.
+
+    Example:
+        >>> known = torch.tensor([[True, False, True]])
+        >>> passed_over(torch.tensor([5.0, 1.0, 3.0]), known, 2, torch.Generator().manual_seed(0))
+        tensor([[1, 1]])
+    """
+    weight_UI = weight_I.masked_fill(known_UI, 0.0)
+    # Who has taken everything passes over nothing: then anything will do, and the pair says little.
+    weight_UI = torch.where(weight_UI.sum(1, keepdim=True) > 0, weight_UI, weight_I)
+    return torch.multinomial(weight_UI, count, replacement=True, generator=random)
+
+
+class Ppd:
+    """A phase of the loop. Made before the loop asks which parameters learn: it adds them.
+
+    Raises:
+        ConfigError: the generator is of the other family, which has no decoupled cross-attention.
+    """
+
+    name = "ppd"
+    fresh = True
+    log_every = 1
+    advice = "lower rl.ppd.lr"
+
+    def __init__(self, scene: Scene, config: PpdConfig, watch: Watch, *, look_every: int) -> None:
+        from couturier.components.generator.diffusion import DiffusionGenerator
+
+        if not isinstance(scene.policy, DiffusionGenerator):
+            raise ConfigError(
+                "rl.method is 'ppd', which aligns a diffusion generator, but sft trained one of the family 'janus'. "
+                "Add --set sft.generator.family=diffusion, or choose another rl.method."
+            )
+        self.scene, self.config, self.watch = scene, config, watch
+        self.generator = scene.policy.personalise(config.preference, seed=scene.seed)
+        self.steps, self.weight_decay, self.look_every = config.steps, config.weight_decay, look_every
+        self.sampler = WindowSampler(scene.train, scene.random, targets=config.pairs)
+        purchases = scene.catalogue.items["purchases"].to_numpy().astype(np.float64)
+        self.popularity_I = torch.from_numpy(purchases)
+
+    def begin(self) -> None:
+        """The reference is the network itself without embeddings: nothing is copied."""
+
+    def take(self, at: int) -> Step:
+        """One step over fresh pairs."""
+        config, generator = self.config, self.generator.train()
+        rows, given, values = self._judged() if config.source == "judged" else self._taken()
+        users_UEW = generator.users_of(given.favourites_UK)
+        assert users_UEW is not None
+        each_Un, margin_Un, error_Un = ppd_loss(generator, given, users_UEW, beta=config.beta, random=self.scene.random)
+        loss = each_Un.mean() + config.anchor * error_Un.mean()
+        pictures = 2 * each_Un.numel()
+        return Step(
+            loss=loss,
+            rate=config.lr * min(1.0, (at + 1) / max(1, config.warm_up_steps)),
+            windows=rows,
+            values={
+                "ppd_loss": float(each_Un.detach().mean()),
+                "margin_nats": float(margin_Un.detach().mean()),
+                "preferred_wins": float((margin_Un.detach() > 0).float().mean()),
+                **values,
+            },
+            note=f"margin {float(margin_Un.detach().mean()):.2f} nats",
+            tokens=pictures * generator.codes_per_picture,
+            drawn=pictures * generator.codes_per_picture,
+        )
+
+    def _taken(self) -> tuple[np.ndarray, Preferences, dict[str, float]]:
+        """What was taken next, against something popular that was neither known before nor taken later."""
+        scene, config = self.scene, self.config
+        rows, better_Un = self.sampler.draw(config.prompts)
+        windows = [(scene.train.basket_of(w), scene.train.future_of(w)) for w in rows]
+        items = len(scene.catalogue)
+        known_UI = membership([np.concatenate(pair) for pair in windows], items)
+        known_UI |= membership(list(scene.history(rows)), items)
+        worse_Un = passed_over(self.popularity_I, known_UI, config.pairs, scene.random)
+        own = share(len(rows))
+        better_UnL = scene.codes_IL[torch.from_numpy(better_Un)]
+        worse_UnL = scene.codes_IL[worse_Un]
+        given = Preferences(
+            favourites_UK=scene.history(rows)[own], better_UnL=better_UnL[own], worse_UnL=worse_UnL[own]
+        )
+        return rows[own], given, {}
+
+    @torch.no_grad()
+    def _judged(self) -> tuple[np.ndarray, Preferences, dict[str, float]]:
+        """The best against the worst, by the reward, of pictures that the model as it stands draws for a person."""
+        scene, config = self.scene, self.config
+        rows, seeds = scene.choose(config.prompts)
+        codes_UnL = self.generator.eval().sample(scene.history(rows), config.group, seeds=seeds)
+        rollout = scene.rollout(rows, codes_UnL)
+        reward_Un, terms = score(rollout, scene.weights)
+        best_U, worst_U = reward_Un.argmax(1), reward_Un.argmin(1)
+        each = torch.arange(len(rows))
+        given = Preferences(
+            favourites_UK=scene.history(rows),
+            better_UnL=codes_UnL[each, best_U][:, None],
+            worse_UnL=codes_UnL[each, worst_U][:, None],
+        )
+        return rows, given, scene.describe(rollout, reward_Un, terms)
+
+    def look(self) -> dict[str, float]:
+        """What an encoder outside the reward sees."""
+        return self.watch.look(self.generator.eval())
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing beyond the model."""
+        return {}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing to take over."""
