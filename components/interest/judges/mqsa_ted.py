@@ -11,7 +11,9 @@ items, and transition-aware distillation with the teacher ``softmax((N_i / max N
 projection of its content features instead of a row of a table (with identities on, a table is among them); the log of
 an item's weight is a learned direction in its input (0 for a plain event); an empty history has a learned state, which
 learns what people begin with; a catalogue too long for a whole softmax uses the batch's pool, teacher and student then
-both within it; the teacher reads ``teacher_items`` items of a batch, not all; L2 is the loop's weight decay.
+both within it; the teacher reads ``teacher_items`` items of a batch, not all; L2 is the loop's weight decay; a fit starts
+from states that are the query plus the mean of what was read, as our SASRec's does (from small random vectors, with one
+query and no teacher, 250 steps in a first-order world gave NDCG@10 .19, so .31, and SASRec .32).
 
 Letters: U users, T longest history, N history rows, K rows that are learned from, C candidates, P taken ones, W width,
 A heads, S pool (or catalogue), I items, D features, M taught items.
@@ -28,11 +30,11 @@ from torch.nn import functional as F
 from couturier.components.errors import ConfigError, DataError
 from couturier.components.interest.base import ContentJudge, JudgeConfig, ranking_loss
 from couturier.components.interest.items import Content, FeatureConfig
+from couturier.components.interest.layers import centre_inputs
 from couturier.components.interest.types import HistoryBatch, TrainBatch
 from couturier.components.together import mean_over
 
-_SPREAD = 0.1  # of an item's vector at the start: small, so that the student begins near uniform
-_PLACES = 0.4  # of a place's: half of an item's in the sum
+_SMALL = 0.02  # of a place's vector and a stranger's state at the start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,11 @@ class _Block(nn.Module):
         self.before, self.between = nn.LayerNorm(width, eps=1e-8), nn.LayerNorm(width, eps=1e-8)
         self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
         self.inner, self.outer = nn.Linear(width, width), nn.Linear(width, width)
+        # At the start a state is the query plus the mean of what was read, as in our SASRec.
+        with torch.no_grad():
+            self.key_value.weight[width:].copy_(torch.eye(width))
+            self.outer.weight.zero_()
+            self.outer.bias.zero_()
 
     def forward(self, x_UTW: Tensor, drop: _Drop) -> Tensor:
         query_UTW = self.before(newest_mean(x_UTW, self.long))
@@ -131,15 +138,11 @@ class MqsaTedJudge(ContentJudge):
         super().__init__(config, features, content)
         self.config = config
         self.tower = nn.Linear(self.width, config.width)
-        self.places = nn.Parameter(_PLACES * torch.randn(config.length, config.width))
+        centre_inputs(self.tower, content.pictures_IP)
+        self.places = nn.Parameter(_SMALL * torch.randn(config.length, config.width))
         self.amount = nn.Parameter(torch.zeros(config.width))
-        self.nothing = nn.Parameter(torch.randn(config.width))
+        self.nothing = nn.Parameter(_SMALL * torch.randn(config.width))
         self.short, self.long = _Branch(config, 1), _Branch(config, config.long)
-        with torch.no_grad():
-            items_ID = self.embed_items()
-            length = items_ID.square().sum(1).mean().sqrt().clamp_min(1e-6) if len(items_ID) else torch.tensor(1.0)
-            nn.init.normal_(self.tower.weight, std=_SPREAD / float(length))
-            nn.init.zeros_(self.tower.bias)
 
     def _encode(self, history: HistoryBatch) -> MqsaTedState:
         read = history.newest(self.config.length)
