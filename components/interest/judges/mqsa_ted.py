@@ -11,9 +11,9 @@ items, and transition-aware distillation with the teacher ``softmax((N_i / max N
 projection of its content features instead of a row of a table (with identities on, a table is among them); the log of
 an item's weight is a learned direction in its input (0 for a plain event); an empty history has a learned state, which
 learns what people begin with; a catalogue too long for a whole softmax uses the batch's pool, teacher and student then
-both within it; the teacher reads ``teacher_items`` items of a batch, not all; L2 is the loop's weight decay; a fit starts
-from states that are the query plus the mean of what was read, as our SASRec's does (from small random vectors, with one
-query and no teacher, 250 steps in a first-order world gave NDCG@10 .19, so .31, and SASRec .32).
+both within it; the teacher reads ``teacher_items`` items of a batch, not all; L2 is the loop's weight decay; a fit
+starts from states that are the query plus the mean of what was read, as our SASRec's does (from small random vectors,
+with one query and no teacher, 250 steps in a first-order world gave NDCG@10 .19, so .31, and SASRec .32).
 
 Letters: U users, T longest history, N history rows, K rows that are learned from, C candidates, P taken ones, W width,
 A heads, S pool (or catalogue), I items, D features, M taught items.
