@@ -23,8 +23,10 @@ from couturier.components.evaluation import evaluate
 from couturier.components.files import read_json
 from couturier.components.generator import tokenise
 from couturier.components.interest import fit
+from couturier.components.lineage.journal import Journal
 from couturier.components.lineage.promotion import consider
 from couturier.components.lineage.registry import Registry
+from couturier.components.lineage.stages import Artifact
 from couturier.components.lineage.workspace import Workspace
 from couturier.flows import recipes
 from couturier.flows.run import Run, running
@@ -53,6 +55,8 @@ def retrain(recipe: str = "demo", settings: list[str] | None = None, who: str | 
         judge = run.stage("judge", fit.run, plan.judge, sequences=windows)
         tuned = run.stage("sft", sft.run, plan.sft, sequences=windows, tokenise=codec)
         aligned = run.stage("rl", align.run, plan.rl, sequences=windows, tokenise=codec, judge=judge, sft=tuned)
+        if stopped := note_stop(Registry(workspace).journal, aligned, who=run.who, run_id=run.run_id):
+            run.console.print(f"  [yellow]rl {stopped}[/yellow]")
 
         proof = run.stage(
             "evaluate",
@@ -104,6 +108,21 @@ def fill_data(run: Run) -> dict[str, Any]:
     settings = run.recipe.ingest
     made = ingest(settings.adapter, settings, run.workspace, run.progress)
     return {"reused": made["reused"], "adapter": made["adapter"], **made["rows"]}
+
+
+def note_stop(journal: Journal, aligned: Artifact, *, who: str, run_id: str) -> str:
+    """Put on record that a guard ended the alignment early; the model of that moment goes on to the gate.
+
+    Returns the reason, empty where no guard spoke. An artifact's stop is on record once, however often it is reused.
+    """
+    reason = str(aligned.facts["stopped"])
+    if reason == align.DONE:
+        return ""
+    noted = {entry.payload["artifact"] for entry in journal.history(("training_stopped",))}
+    if aligned.id not in noted:
+        facts = {"stage": "rl", "artifact": aligned.id, "reason": reason}
+        journal.append("training_stopped", who=who, run_id=run_id, payload=facts)
+    return reason
 
 
 def pass_gate(run: Run, number: int) -> dict[str, Any]:

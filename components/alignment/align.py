@@ -33,6 +33,9 @@ from couturier.components.lineage.stages import StageContext
 from couturier.components.runtime import threads
 from couturier.components.together import rank, told
 
+DONE = "all steps done"
+"""The fact ``stopped`` of a run that no guard ended."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -103,7 +106,7 @@ def run(ctx: StageContext) -> None:
     loop.save_curves(ctx.out)
     ctx.facts.update(loop.last())
     ctx.facts["parameters"] = sum(p.numel() for p in loop.parameters)
-    ctx.facts.update(method=config.method, steps=loop.step, stopped=loop.stopped or "all steps done")
+    ctx.facts.update(method=config.method, steps=loop.step, stopped=loop.stopped or DONE)
 
 
 def prepare(ctx: StageContext, config: Config) -> tuple[Loop, Scene]:

@@ -35,6 +35,7 @@ KINDS = (
     "alias_corrected",
     "deployment",
     "rollback",
+    "training_stopped",
 )
 CHAMPION, CHALLENGER = "champion", "challenger"
 _SETTLED = ("alias_done", "alias_corrected")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from couturier.components.errors import ConfigError
 from couturier.components.files import read_json, write_json
 from couturier.components.lineage.stages import FACTS, MANIFEST, Artifact
 from couturier.components.lineage.tags import clean_name, flatten, tag_text
@@ -133,6 +135,8 @@ class RunTracker:
         self.facts(artifact.facts)
         manifest = read_json(artifact.path / MANIFEST)
         self.metrics({name: manifest[name] for name in ("seconds", "peak_rss_bytes")}, step=0)
+        if (rate := hourly_cost()) is not None:
+            self.metrics({"cost": manifest["seconds"] / 3600 * rate}, step=0)
         for path in sorted(artifact.path.iterdir()):
             if path.is_dir():
                 self._folder(path, path.name)
@@ -229,3 +233,24 @@ def system_metrics(uri: str, run_id: str, *, enabled: bool = True) -> Iterator[N
         yield
     finally:
         monitor.finish()
+
+
+def hourly_cost() -> float | None:
+    """What an hour of this machine costs, from ``COUTURIER_COST_PER_HOUR``, in whatever currency; None when unset.
+
+    Raises:
+        ConfigError: it is set to something that is no cost.
+    """
+    said = os.environ.get("COUTURIER_COST_PER_HOUR", "")
+    if not said:
+        return None
+    try:
+        rate = float(said)
+    except ValueError:
+        rate = -1.0
+    if not 0 <= rate < float("inf"):
+        raise ConfigError(
+            f"COUTURIER_COST_PER_HOUR is {said!r}; it must be what an hour here costs, a number such as 2.5. "
+            "Unset it to log no cost."
+        )
+    return rate

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from couturier.components.errors import LineageError
+from couturier.components.errors import ConfigError, LineageError
 from couturier.components.files import write_json
 from couturier.components.lineage import tracker as tracker_module
 from couturier.components.lineage.mlflow_store import ensure_database, mlflow_client, mlflow_uri
 from couturier.components.lineage.stages import ArtifactStore, Stage, StageContext
 from couturier.components.lineage.tags import clean_name, flatten, tag_text
-from couturier.components.lineage.tracker import RunTracker
+from couturier.components.lineage.tracker import RunTracker, hourly_cost
 from couturier.components.lineage.tracking import open_run, run_facts, run_of, step_run, tracked
 from couturier.components.lineage.workspace import Workspace
 
@@ -99,6 +99,19 @@ def test_a_stage_leaves_everything_in_a_nested_run(workspace: Workspace) -> None
         "checkpoints/step-00000060/state.json",
     }  # fmt: skip
     assert not (workspace.root / "mlflow" / "pending" / STAGE.id).exists()
+
+
+def test_a_stage_says_what_it_cost_where_an_hour_has_a_price(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COUTURIER_COST_PER_HOUR", "3.6")
+    with open_run(workspace, name="retrain") as flow:
+        tracked(ArtifactStore(workspace), STAGE, parent_run_id=flow.run_id)
+    figures = _made(workspace)["metrics"]
+    assert figures["cost"] == pytest.approx(figures["seconds"] / 1000)
+    monkeypatch.setenv("COUTURIER_COST_PER_HOUR", "cheap")
+    with pytest.raises(ConfigError, match="COUTURIER_COST_PER_HOUR is 'cheap'"):
+        hourly_cost()
 
 
 def test_a_reused_stage_is_a_tag(workspace: Workspace) -> None:
