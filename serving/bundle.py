@@ -30,7 +30,7 @@ from couturier.components.data.formats import Catalogue, Windows
 from couturier.components.errors import ConfigError, LineageError, UnknownUserError
 from couturier.components.files import read_json, write_json
 from couturier.components.generator.codec import Codec, load_codec
-from couturier.components.generator.janus import JanusGenerator
+from couturier.components.generator.types import Generator, load_generator
 from couturier.components.interest.judge import history_batch, load_judge
 from couturier.components.interest.types import Judge
 from couturier.components.runtime import threads
@@ -62,7 +62,7 @@ class Bundle:
     """A model, its codec, its judge, and the people and items it knows. Threads may share one: calls take turns."""
 
     def __init__(
-        self, *, catalogue: Catalogue, people: Windows, codec: Codec, generator: JanusGenerator, judge: Judge,
+        self, *, catalogue: Catalogue, people: Windows, codec: Codec, generator: Generator, judge: Judge,
         version: dict[str, Any],
     ) -> None:  # fmt: skip
         self.catalogue, self.people, self.version = catalogue, people, version
@@ -88,7 +88,7 @@ class Bundle:
             catalogue=Catalogue.load(folder),
             people=Windows.load(folder, "latest"),
             codec=load_codec(folder / "codec"),
-            generator=JanusGenerator.load(folder / "model"),
+            generator=load_generator(folder / "model"),
             judge=load_judge(folder / "judge"),
             version=read_json(folder / VERSION),
         )

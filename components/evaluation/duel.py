@@ -18,7 +18,7 @@ from couturier.components.evaluation.evaluate import PER_USER, long_form
 from couturier.components.evaluation.metrics import Ruler
 from couturier.components.evaluation.protocol import Plan, World
 from couturier.components.files import read_json
-from couturier.components.generator.janus import JanusGenerator
+from couturier.components.generator.types import load_generator
 from couturier.components.lineage.stages import MANIFEST, StageContext
 from couturier.components.runtime import threads
 
@@ -58,7 +58,7 @@ def run(ctx: StageContext) -> None:
         ruler = Ruler(world.finder, AttributeReader(world.finder, catalogue, seed=config.seed), catalogue)
         theirs = Catalogue.load(ctx.inputs["champion_sequences"])
         histories = in_their_numbers(plan.favourites_VK, catalogue.item_ids, theirs.item_ids)
-        champion = JanusGenerator.load(ctx.inputs["rl"] / "model")
+        champion = load_generator(ctx.inputs["rl"] / "model")
         rows_Vn = world.look(world.draw(ROW, champion, favourites_VK=histories))
         found = ruler.measure(rows_Vn, world.truth, world.liking.of(rows_Vn))
     ctx.progress.stop()

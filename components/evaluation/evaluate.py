@@ -33,8 +33,8 @@ from couturier.components.evaluation.statistics import (
     user_means,
 )
 from couturier.components.files import read_json, write_json
-from couturier.components.generator.janus import JanusGenerator
 from couturier.components.generator.tokenise import codec_quality, pictures
+from couturier.components.generator.types import load_generator
 from couturier.components.lineage.provenance import code_commit
 from couturier.components.lineage.stages import FACTS, StageContext
 from couturier.components.runtime import device_facts, threads
@@ -151,7 +151,7 @@ class _Evaluation:
     def _draw_rows(self) -> dict[str, np.ndarray]:
         """Rows of the generators; returns the SFT model's nats a window."""
         config, world, plan = self.config, self.world, self.plan
-        sft = JanusGenerator.load(self.ctx.inputs["sft"] / "model")
+        sft = load_generator(self.ctx.inputs["sft"] / "model")
         own = world.draw("sft", sft)
         self._add("sft", world.look(own))
         wrong_VK = plan.windows.favourites_WK[plan.wrong_V]
@@ -173,7 +173,7 @@ class _Evaluation:
             batch=config.batch,
             advance=self.ctx.progress.advance,
         )
-        rl = JanusGenerator.load(self.ctx.inputs["rl"] / "model")
+        rl = load_generator(self.ctx.inputs["rl"] / "model")
         self._add("grpo", world.look(world.draw("grpo", rl)))
         self._add("wrong_user", world.look(world.draw("wrong_user", rl, favourites_VK=wrong_VK)))
         return found
@@ -235,6 +235,7 @@ class _Evaluation:
             "codec": self._codec(),
             "users": {row: int(np.isfinite(self._per_user(row, "judge")).sum()) for row in self.per_window},
             "windows": len(self.plan),
+            "method": _facts(self.ctx.inputs["rl"]).get("method", "grpo"),
             "encoder": NAME,
             "seed": self.config.seed,
             "made_at": datetime.now(UTC).isoformat(timespec="seconds"),

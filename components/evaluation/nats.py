@@ -15,12 +15,12 @@ from torch import Tensor
 from couturier.components.alignment.batches import picture_codes
 from couturier.components.evaluation.protocol import Plan
 from couturier.components.evaluation.statistics import bootstrap, paired_difference, user_means
-from couturier.components.generator.janus import JanusGenerator
+from couturier.components.generator.types import Generator
 
 
 @torch.no_grad()
 def nats(
-    generator: JanusGenerator,
+    generator: Generator,
     plan: Plan,
     codes_IL: Tensor,
     purchases_I: np.ndarray,
@@ -37,14 +37,11 @@ def nats(
     for start in range(0, len(plan), batch):
         where = slice(start, start + batch)
         codes_UtL = picture_codes(codes_IL, items_Vt[where])
-        own = generator.prompts.build(plan.windows.favourites_WK[plan.rows_V[where]])
-        prompts = {
-            "true": own,
-            "wrong": generator.prompts.build(plan.windows.favourites_WK[plan.wrong_V[where]]),
-            "unconditional": own.unconditional(generator.prompts.pad_id),
-        }
-        for name, prompt in prompts.items():
-            found[name].append(-generator.log_prob(prompt, codes_UtL).sum(-1).mean(1))
+        own_UK = plan.windows.favourites_WK[plan.rows_V[where]]
+        wrong_UK = plan.windows.favourites_WK[plan.wrong_V[where]]
+        found["true"].append(generator.nats(own_UK, codes_UtL).mean(1))
+        found["wrong"].append(generator.nats(wrong_UK, codes_UtL).mean(1))
+        found["unconditional"].append(generator.nats(own_UK, codes_UtL, unconditional=True).mean(1))
         advance(len(codes_UtL))
     per_window = {name: torch.cat(parts).double().numpy() for name, parts in found.items()}
     return per_window | {"popularity": -np.log(share_I[items_Vt]).mean(1)}

@@ -26,7 +26,7 @@ from couturier.components.evaluation.encoder import ItemFinder, load_encoder
 from couturier.components.evaluation.metrics import Truth
 from couturier.components.files import written_beside
 from couturier.components.generator.codec import Codec, load_codec
-from couturier.components.generator.janus import JanusGenerator
+from couturier.components.generator.types import Generator
 from couturier.components.interest.judge import history_batch, load_judge
 from couturier.components.interest.types import Judge
 from couturier.components.runtime import derived_seed, seeded_numpy
@@ -160,7 +160,7 @@ class World:
     def draw(
         self,
         name: str,
-        generator: JanusGenerator,
+        generator: Generator,
         *,
         guidance: float = 1.0,
         temperature: float = 1.0,

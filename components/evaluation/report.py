@@ -265,6 +265,7 @@ def _figures(table: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _facts(table: Mapping[str, Any]) -> list[tuple[str, str]]:
     asked = {
         "windows": "Moments evaluated",
+        "method": "Aligned by (the rows named GRPO)",
         "encoder": "Independent encoder",
         "seed": "Seed",
         "made_at": "Made",
