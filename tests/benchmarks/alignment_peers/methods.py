@@ -1,0 +1,213 @@
+"""Every way to align a generator, from one fine-tuned model, judged by one protocol.
+
+    finished workspace ─▶ its sequences, codec, judge and fine-tuned model
+        each method, each seed ─▶ stage rl ─▶ stage evaluate ─▶ a value a person and metric ─▶ means over seeds ─▶ table
+
+The stages are the ones that ``couturier retrain`` runs, and what they make stays in the workspace: a comparison that
+was killed goes on, and one method more costs that method only. ``base`` is the model before fine-tuning; ``sft``,
+``best_of_n`` and ``sft_guided`` are rows of every evaluation, as the controls are. Equal compute is a matter of the
+settings: ``--set METHOD:name=value``, with the seconds each method took in the table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from couturier.components.alignment import align, sft
+from couturier.components.errors import ConfigError, DataError
+from couturier.components.evaluation import evaluate
+from couturier.components.evaluation.statistics import bootstrap, paired_difference
+from couturier.components.files import read_json
+from couturier.components.lineage.stages import MANIFEST, Artifact, ArtifactStore, Stage
+from couturier.components.lineage.workspace import Workspace
+from couturier.flows import recipes
+
+BASE, ALIGNED = "base", "grpo"
+"""``ALIGNED`` is what the evaluation calls the row of stage ``rl``, whatever its method."""
+SHARED_ROWS = ("sft", "sft_guided", "best_of_n", "popularity", "copy_favourites", "nearest_item", "oracle")
+METRICS = ("basket_precision", "judge", "distinct_hits", "ndcg@10", "sim_next", "diversity", "copied", "mush")
+INPUTS = ("sequences", "tokenise", "judge", "sft")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is compared."""
+
+    workspace: Path
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    recipe: str = "demo"
+    settings: tuple[str, ...] = ()
+    """``name=value`` for all methods, ``METHOD:name=value`` for one."""
+
+
+def known() -> tuple[str, ...]:
+    """The methods there are."""
+    return (BASE, *align.METHODS)
+
+
+def compare(asked: Asked, say: Callable[[str], None]) -> dict[str, Any]:
+    """``rows``: metric → ``[mean, low, high]`` over people, values averaged over seeds first; ``minus_sft`` likewise;
+    ``seconds``: of each method's stage, mean over seeds.
+
+    Raises:
+        ConfigError: a method nobody knows.
+        DataError: the workspace holds no finished evaluation.
+    """
+    for method in asked.methods:
+        if method not in known():
+            raise ConfigError(f"method {method!r} is unknown; choose from {', '.join(known())}.")
+    store = ArtifactStore(Workspace(project=asked.workspace, root=asked.workspace))
+    inputs = finished(store)
+    frames: dict[str, list[pl.DataFrame]] = {}
+    seconds: dict[str, list[float]] = {}
+    for method in asked.methods:
+        for seed in asked.seeds:
+            made, proof = run(store, inputs, asked, method, seed)
+            found = pl.read_parquet(proof.path / evaluate.PER_USER)
+            frames.setdefault(method, []).append(found.filter(pl.col("row") == ALIGNED))
+            seconds.setdefault(method, []).append(float(store.manifest(made.id)["seconds"]))
+            for row in SHARED_ROWS:
+                frames.setdefault(row, []).append(found.filter(pl.col("row") == row))
+            say(f"{method}, seed {seed}: {seconds[method][-1]:.0f} s")
+    people = {row: by_person(parts) for row, parts in frames.items()}
+    return {
+        "rows": {
+            row: {metric: interval(of, metric) for metric in METRICS if metric in of} for row, of in people.items()
+        },
+        "minus_sft": {
+            row: {metric: difference(of, people["sft"], metric) for metric in METRICS if metric in of}
+            for row, of in people.items()
+            if row != "sft"
+        },
+        "seconds": {method: float(np.mean(all_)) for method, all_ in seconds.items()},
+        "inputs": inputs,
+        "seeds": list(asked.seeds),
+        "settings": list(asked.settings),
+        "recipe": asked.recipe,
+    }
+
+
+def finished(store: ArtifactStore) -> dict[str, str]:
+    """Ids of the stages behind the newest finished evaluation.
+
+    Raises:
+        DataError: there is none.
+    """
+    found = [read_json(path) for path in store.workspace.artifacts.glob(f"evaluate-*/{MANIFEST}")]
+    if not found:
+        raise DataError(
+            f"{store.workspace.root} holds no finished evaluation; run `couturier retrain` with "
+            "COUTURIER_WORKSPACE set to it, or give another --workspace."
+        )
+    newest = max(found, key=lambda manifest: str(manifest["made_at"]))
+    return {name: str(newest["inputs"][name]) for name in INPUTS}
+
+
+def run(
+    store: ArtifactStore, inputs: dict[str, str], asked: Asked, method: str, seed: int
+) -> tuple[Artifact, Artifact]:
+    """The model that a method makes, and its evaluation; what the workspace has is not made again."""
+    plan = recipes.named(asked.recipe, [*settings_of(method, asked.settings), f"seed={seed}"])
+    without_sft = {name: inputs[name] for name in INPUTS if name not in ("judge", "sft")}
+    if method == BASE:
+        untrained = dataclasses.replace(plan.sft, grounding_steps=0, steps=0)
+        made = store.materialise(Stage(name="sft", run=sft.run, config=untrained, inputs=without_sft))
+    else:
+        config = dataclasses.replace(plan.rl, method=method)
+        made = store.materialise(Stage(name="rl", run=align.run, config=config, inputs=inputs))
+    proof = Stage(name="evaluate", run=evaluate.run, config=plan.evaluate, inputs=inputs | {"rl": made.id})
+    return made, store.materialise(proof)
+
+
+def settings_of(method: str, settings: Sequence[str]) -> list[str]:
+    """The settings that hold for a method.
+
+    Example:
+        >>> settings_of("grpo", ["threads=1", "grpo:rl.grpo.steps=9", "ppd:rl.ppd.steps=9"])
+        ['threads=1', 'rl.grpo.steps=9']
+    """
+    parted = [text.partition(":") for text in settings]
+    return [tail if mark else head for head, mark, tail in parted if not mark or head == method]
+
+
+def by_person(parts: list[pl.DataFrame]) -> dict[str, dict[str, float]]:
+    """Metric → person → mean over windows and seeds."""
+    whole = pl.concat(parts).filter(pl.col("value").is_finite())
+    means = whole.group_by("metric", "user_id").agg(pl.col("value").mean()).sort("metric", "user_id")
+    found: dict[str, dict[str, float]] = {}
+    for metric, user, value in means.iter_rows():
+        found.setdefault(metric, {})[user] = value
+    return found
+
+
+def interval(of: dict[str, dict[str, float]], metric: str) -> list[float]:
+    """Mean over people with its interval."""
+    return bootstrap(np.array(list(of[metric].values())), seed=0).as_list()
+
+
+def difference(of: dict[str, dict[str, float]], other: dict[str, dict[str, float]], metric: str) -> list[float]:
+    """Mean difference over the people of both, with its interval."""
+    both = [user for user in of[metric] if user in other[metric]]
+    a, b = (np.array([one[metric][user] for user in both]) for one in (of, other))
+    return paired_difference(a, b, seed=0).as_list()
+
+
+def write(found: dict[str, Any], facts: dict[str, Any], folder: Path) -> list[Path]:
+    """``alignment.md``, ``alignment.json`` and ``alignment.png``."""
+    from matplotlib.figure import Figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    places = [folder / f"alignment.{kind}" for kind in ("md", "json", "png")]
+    places[0].write_text(markdown(found, facts), encoding="utf-8")
+    places[1].write_text(json.dumps(facts | found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    rows = found["rows"]
+    figure = Figure(figsize=(8, 0.4 * len(rows) + 1.2), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, 2, sharey=True), ("basket_precision", "judge"), strict=True):
+        shown = [name for name in rows if metric in rows[name]]
+        mean, low, high = (np.array([rows[name][metric][i] for name in shown]) for i in range(3))
+        axes.errorbar(mean, shown, xerr=[mean - low, high - mean], fmt="o")
+        axes.set_xlabel(metric.replace("_", " "))
+        axes.grid(axis="x", alpha=0.3)
+    figure.savefig(places[2], dpi=110)
+    return places
+
+
+def markdown(found: dict[str, Any], facts: dict[str, Any]) -> str:
+    """The table with where it comes from."""
+    seen = [metric for metric in METRICS if any(metric in row for row in found["rows"].values())]
+    lines = [
+        "# Ways to align one fine-tuned generator",
+        "",
+        f"{facts['date']}, {facts['machine']}, commit {facts['commit'][:12]}; recipe `{found['recipe']}`, seeds "
+        f"{', '.join(map(str, found['seeds']))}; settings {', '.join(found['settings']) or 'as they are'}. Means over "
+        "people with 95 % intervals; a person's values are averaged over windows and seeds first. Pictures are judged "
+        "by an encoder that no reward saw.",
+        "",
+        "| row | seconds | " + " | ".join(seen) + " |",
+        "|---|" + "---:|" * (1 + len(seen)),
+    ]
+    for name, values in found["rows"].items():
+        cells = [_cell(values.get(metric)) for metric in seen]
+        took = found["seconds"].get(name)
+        lines.append(f"| {name} | {'' if took is None else f'{took:.0f}'} | " + " | ".join(cells) + " |")
+    lines += ["", "Less fine-tuning (`sft`), person by person:", "", "| row | " + " | ".join(seen) + " |"]
+    lines.append("|---|" + "---:|" * len(seen))
+    for name, values in found["minus_sft"].items():
+        lines.append(f"| {name} | " + " | ".join(_cell(values.get(metric), sign="+") for metric in seen) + " |")
+    return "\n".join([*lines, "", "Made by `tests/benchmarks/alignment.py`.", ""])
+
+
+def _cell(found: list[float] | None, sign: str = "") -> str:
+    if found is None:
+        return ""
+    mean, low, high = (f"{value:{sign}.3f}" for value in found)
+    return f"{mean} [{low}, {high}]"
