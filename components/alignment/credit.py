@@ -259,7 +259,7 @@ def _stats(
         some = slice(low, low + many)
         q, own = (x[some, :, p:].unflatten(2, (n, length)).transpose(1, 2).flatten(0, 1) for x in (q_UHTd, k_UGTd))
         prompt = k_UGTd[some, :, :p].repeat_interleave(n, 0)
-        start = start_U[some].repeat_interleave(n)
+        start = start_U[some].repeat_interleave(n).to(q.device)
         found.append(attention_stats(q, torch.cat([prompt, own], 2), start=start, window=window, near=near, far=far))
     waad, span, influence = (torch.cat(parts) for parts in zip(*found, strict=True))
     return AttentionStats(waad, span, influence[..., p:])
