@@ -10,6 +10,7 @@ import torch
 
 from couturier.components.data.formats import Windows
 from couturier.components.errors import ConfigError
+from couturier.components.interest.items import Content, FeatureConfig
 from couturier.components.interest.judge import history_batch, load_judge
 from couturier.components.interest.judges.attention import AttentionConfig, AttentionJudge
 from couturier.components.interest.types import HistoryBatch
@@ -125,3 +126,25 @@ def test_the_only_item_explains_all_that_is_not_the_default(attention: Attention
 def test_sizes_must_be_positive() -> None:
     with pytest.raises(ConfigError, match="heads"):
         AttentionConfig(heads=0)
+
+
+@pytest.mark.parametrize("ids", [0, 16])
+def test_with_identities_what_was_taken_is_told_from_what_looks_the_same(ids: int) -> None:
+    torch.manual_seed(0)
+    content = Content.of_vectors(torch.ones(3, 4))
+    judge = AttentionJudge(AttentionConfig(), FeatureConfig(words=0, ids=ids), content).eval()
+    items_ID = judge.embed_items().detach()
+    history = HistoryBatch(
+        features_ND=items_ID[:1], age_days_N=torch.ones(1), weight_N=torch.ones(1), offsets=torch.tensor([0, 1])
+    )
+    state = judge.encode(history)
+    seen_CL = judge._likeness(state, items_ID[None])[0]
+    assert seen_CL.shape[1] == (9 if ids else 7)
+    assert torch.allclose(seen_CL[1, :7], seen_CL[0, :7]), "alike by their pictures"
+    if ids:
+        assert bool((seen_CL[0, 7:] > 1000 * seen_CL[1:, 7:]).all())
+        drawn = judge._likeness(state, judge.embed_items(words=False)[None])[0]
+        assert bool((drawn[:, 7:] < 1e-6).all()), "what never existed has no identity to share"
+    explained = judge.explain(history, items_ID[None])
+    without = judge.score(judge.encode(HistoryBatch.empty(users=1, width=judge.width)), items_ID[None])
+    assert torch.allclose(explained[0, :, 0], (judge.score(state, items_ID[None]) - without)[0], atol=1e-5)

@@ -5,11 +5,12 @@
     candidate    ─▶ query, value ┘                       └ likeness: is it there already, how often, how lately ┘
 
 The pooling is target-aware twice, in the attention and in the value (Zhou et al. 2024, "Temporal Interest Network");
-the likeness features make repeats plain to see, which attention alone learns slowly. A learned row stands at the head
-of every history, so that an empty one has an answer.
+the likeness features make repeats plain to see, which attention alone learns slowly: by pictures and, where items have
+identities, by those too, so that what was taken often is told from what only looks like it. A learned row stands at
+the head of every history, so that an empty one has an answer.
 
 Letters: U users, C candidates of a user, T history length, N rows, I items, P picture width, W word width,
-D = P + W + 1 features (the last says whether there are words), H heads, E width of a head, B likeness kernels.
+D features as in ``items``, H heads, E width of a head, B likeness kernels, one more with identities, I identity width.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from couturier.components.interest.items import Content, FeatureConfig
 from couturier.components.interest.types import HistoryBatch
 
 _SHARPNESS = (3.0, 10.0, 30.0)  # of the likeness kernels at the start; learned
+_SAME = 20.0  # sharpness of the identity's kernel: two random rows of a table point far apart
 _TIMES = 6
 _EXPLAINED = 128  # history items left out at a time
 
@@ -48,6 +50,8 @@ class AttentionState:
     values_UTHE: Tensor
     bias_UTH: Tensor
     look_UTP: Tensor
+    who_UTI: Tensor
+    """Identities of unit length, of width 0 where there are none."""
     gates_UTB: Tensor
     real_UT: Tensor
 
@@ -63,15 +67,15 @@ class AttentionJudge(ContentJudge):
 
     def __init__(self, config: AttentionConfig, features: FeatureConfig, content: Content) -> None:
         super().__init__(config, features, content)
-        self.config = config
+        self.config, self.kernels = config, len(_SHARPNESS) + (features.ids > 0)
         p, inner = self.items.picture_width, config.heads * config.head_width
         self.query, self.key = nn.Linear(self.width, inner), nn.Linear(self.width, inner)
         self.value, self.taste = nn.Linear(self.width, inner), nn.Linear(self.width, inner)
-        self.times = nn.Sequential(nn.Linear(_TIMES, 16), nn.GELU(), nn.Linear(16, config.heads + len(_SHARPNESS)))
+        self.times = nn.Sequential(nn.Linear(_TIMES, 16), nn.GELU(), nn.Linear(16, config.heads + self.kernels))
         self.look = nn.Linear(p, p)
         self.sharpness = nn.Parameter(torch.tensor(_SHARPNESS).log())
         self.nothing = nn.Parameter(torch.zeros(2, inner))
-        likeness = 2 * len(_SHARPNESS) + 1
+        likeness = 2 * self.kernels + 1
         self.head = nn.Sequential(
             nn.Linear(inner + likeness + 2, config.hidden), nn.GELU(), nn.Linear(config.hidden, 1)
         )
@@ -87,7 +91,7 @@ class AttentionJudge(ContentJudge):
 
     def encode_padded(self, features_UTD: Tensor, age_UT: Tensor, weight_UT: Tensor, real_UT: Tensor) -> AttentionState:
         """As ``encode``, of histories already padded; rows where ``real_UT`` is False count for nothing."""
-        h, e, b = self.config.heads, self.config.head_width, len(_SHARPNESS)
+        h, e, b = self.config.heads, self.config.head_width, self.kernels
         u, t, _ = features_UTD.shape
         real = real_UT[..., None]
         timed_UTX = self.times(_times(age_UT, weight_UT))
@@ -97,6 +101,7 @@ class AttentionJudge(ContentJudge):
             values_UTHE=torch.cat([first[1], self.value(features_UTD).view(u, t, h, e)], dim=1),
             bias_UTH=F.pad(timed_UTX[..., :h].masked_fill(~real, -torch.inf), (0, 0, 1, 0)),
             look_UTP=self._look(features_UTD),
+            who_UTI=self._who(features_UTD),
             gates_UTB=F.softplus(timed_UTX[..., h : h + b]) * real,
             real_UT=real_UT,
         )
@@ -129,17 +134,24 @@ class AttentionJudge(ContentJudge):
         """The picture part in the space where likeness is a cosine, of unit length."""
         return F.normalize(self.look(features_ND[..., : self.items.picture_width]), dim=-1)
 
+    def _who(self, features_XD: Tensor) -> Tensor:
+        """The identity part, of unit length; zeros for what has none."""
+        ids = self.items.config.ids
+        if not ids:
+            return features_XD[..., :0]
+        return F.normalize(features_XD[..., -ids - 1 : -1], dim=-1)
+
     def _cosine(self, state: AttentionState, candidates_UCD: Tensor) -> Tensor:
         """``[U, C, T]``, 0 where padded or pointing away, so that padding is never the closest."""
         cosine_UCT = self._look(candidates_UCD) @ state.look_UTP.transpose(1, 2)
         return cosine_UCT.clamp_min(0) * state.real_UT[:, None]
 
-    def _gated(self, state: AttentionState, cosine_UCT: Tensor) -> list[Tensor]:
+    def _gated(self, state: AttentionState, cosine_UCT: Tensor, candidates_UCD: Tensor) -> list[Tensor]:
         """``exp(b (cos - 1))`` times the gate of each history item, ``[U, C, T]`` a kernel."""
-        return [
-            (sharpness * (cosine_UCT - 1)).exp() * state.gates_UTB[:, None, :, index]
-            for index, sharpness in enumerate(self.sharpness.exp())
-        ]
+        found = [sharpness * (cosine_UCT - 1) for sharpness in self.sharpness.exp()]
+        if self.items.config.ids:
+            found.append(_SAME * (self._who(candidates_UCD) @ state.who_UTI.mT - 1))
+        return [one.exp() * state.gates_UTB[:, None, :, index] for index, one in enumerate(found)]
 
     def _likeness(self, state: AttentionState, candidates_UCD: Tensor) -> Tensor:
         """Closest cosine, and per kernel the gated sum over the history and its closest gated item.
@@ -148,10 +160,10 @@ class AttentionJudge(ContentJudge):
         """
         u, c, _ = candidates_UCD.shape
         if state.real_UT.shape[1] == 0:
-            return candidates_UCD.new_zeros(u, c, 2 * len(_SHARPNESS) + 1)
+            return candidates_UCD.new_zeros(u, c, 2 * self.kernels + 1)
         cosine_UCT = self._cosine(state, candidates_UCD)
         found = [cosine_UCT.amax(-1)]
-        for gated_UCT in self._gated(state, cosine_UCT):
+        for gated_UCT in self._gated(state, cosine_UCT, candidates_UCD):
             found += [gated_UCT.sum(-1).log1p(), gated_UCT.amax(-1)]
         return torch.stack(found, dim=-1)
 
@@ -168,7 +180,7 @@ class AttentionJudge(ContentJudge):
         weight_UHCT = self._attention(state, candidates_UCD)
         pooled_UCHE = torch.einsum("uhct,uthe->uche", weight_UHCT, state.values_UTHE)
         cosine_UCT = self._cosine(state, candidates_UCD)
-        gated = self._gated(state, cosine_UCT)
+        gated = self._gated(state, cosine_UCT, candidates_UCD)
         likeness = [_largest_without(cosine_UCT)] if cosine_UCT.shape[-1] else []
         for gated_UCT in gated if likeness else []:
             rest_UCT = (gated_UCT.sum(-1, keepdim=True) - gated_UCT).clamp_min(0)
