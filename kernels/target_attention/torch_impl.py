@@ -1,8 +1,9 @@
 """Target attention in PyTorch without padding: the path of every CPU, and of what the Triton kernels do not cover.
 
 Two steps, each with a backward of its own. *Scores* (DIN's network only) run over the flat list of pairs in pieces that
-fit the cache, or where lists are long enough over blocks of lists (:mod:`.torch_mlp`). *Attend* runs over nearly dense blocks of lists of one length (:mod:`couturier.kernels.jagged`), where
-the dot scores, the softmax and the pooling are batched matrix products.
+fit the cache, or, where lists are long enough, over blocks of lists (``torch_mlp``). *Attend* runs over nearly dense
+blocks of lists of one length (:mod:`couturier.kernels.jagged`), where the dot scores, the softmax and the pooling are
+batched matrix products.
 
 Legend: U lists, N behaviours, R rows, P pairs, H width of queries and keys, E of values, F of a hidden layer; inside a
 block G lists, C rows a list, L behaviours a list.
