@@ -67,7 +67,7 @@ def plan_of(options: argparse.Namespace) -> runner.Plan:
             budget=1,
             seeds=(0,),
             threads=options.threads,
-            limit_s=200,
+            limit_s=600,
             install=not options.no_install,
             quick=True,
         )

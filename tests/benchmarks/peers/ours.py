@@ -61,10 +61,14 @@ def model(name: str, form: str, *, repeats: bool = False) -> Model:
         grid = (first, {**first, "learning_rate": 1e-3}, {**first, "weight_decay": 0.3}, {**first, "history": 100})
         quick = {**first, "steps": 160, "eval_every": 80}
     else:
-        first = _SEQUENCE if JUDGES[name].every_position else _TOPK
-        if repeats and not JUDGES[name].every_position:
-            first = {**first, "favourites": True, "positives": 4, "negative_kind": "popularity"}
-        grid = (first, {**first, "learning_rate": 1e-3}, {**first, "weight_decay": 0.3}, {**first, "history": 100})
+        every = JUDGES[name].every_position
+        first = _SEQUENCE if every else _TOPK
+        if repeats and not every:
+            # Uniform negatives, as elsewhere: against popular ones a score is a chance over popularity.
+            first = {**first, "favourites": True, "positives": 4, "negatives": 32}
+        # A sequence judge reads no further than its own length, whatever it is shown.
+        longer = {**first, "history": 100, **({"judge": {"length": 100}} if every else {})}
+        grid = (first, longer, {**first, "learning_rate": 1e-3}, {**first, "weight_decay": 0.3})
         quick = {key: value for key, value in first.items() if key != "patience"}
         quick |= {"steps": 200, "eval_every": 200, "epochs": 200}
     return Model(peer="ours", name=name, grid=grid, quick=quick, source=source_digest(name))

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from couturier.components.evaluation.statistics import Interval
+from couturier.components.files import write_json
 
 from . import evaluator
 from .runner import Row, aim
@@ -141,14 +142,15 @@ def quality(rows: list[Row]) -> dict[str, Any]:
 
 
 def write(rows: list[Row], ratios: dict[str, Any], about: dict[str, Any], folder: Path) -> list[Path]:
-    """``judges.md`` and ``judges.png`` (``judges-quick.*`` for a quick run) into a folder."""
+    """``judges.md``, ``judges.json`` and ``judges.png`` (``judges-quick.*`` for a quick run) into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = "judges-quick" if about["quick"] else "judges"
-    text, picture = folder / f"{stem}.md", folder / f"{stem}.png"
+    text, picture, numbers = (folder / f"{stem}.{kind}" for kind in ("md", "png", "json"))
     _plot(rows, about, picture)
     shown = f"\n![{stem}]({picture.name})\n" if picture.is_file() else ""
     text.write_text(tables(rows, ratios, about) + shown, encoding="utf-8")
-    return [path for path in (text, picture) if path.is_file()]
+    write_json(numbers, {"about": about, "ratios": ratios, "quality": quality(rows)})
+    return [path for path in (text, picture, numbers) if path.is_file()]
 
 
 def _plot(rows: list[Row], about: dict[str, Any], path: Path) -> None:

@@ -91,7 +91,7 @@ TOPK = (
         ),
         quick=_QUICK_SASREC,
     ),
-    Model(peer="rectools", name="gsasrec", grid=(_SASREC, {**_SASREC, "dropout_rate": 0.5}), quick=_QUICK_SASREC),
+    Model(peer="rectools", name="gsasrec", grid=(_SASREC, {**_SASREC, "dropout_rate": 0.5}), slow=True),
 )
 _CLICK: dict[str, Any] = {"epochs": 8}
 _QUICK_CLICK: dict[str, Any] = {"epochs": 1}

@@ -26,8 +26,15 @@ _OUR_SASREC = {
     "ids": 64,
     "judge": {"width": 64, "blocks": 2, "heads": 1, "length": 50},
 }
-_DIN = {"batch_size": 256, "max_len": 50, "embedding_dim": 16}
-_OUR_DIN = {"batch": 128, "history": 50, "ids": 16}
+# Rows: 128 positives with a negative each. FuxiCTR's two tables of 16 side by side make our width of 32.
+_DIN: dict[str, Any] = {"batch_size": 256, "max_len": 50, "embedding_dim": 16, "attention_hidden_units": [64]}
+_DIN |= {"attention_hidden_activations": "Dice", "dnn_hidden_units": [128, 64]}
+_OUR_DIN = {
+    "batch": 128,
+    "history": 50,
+    "ids": 16,
+    "judge": {"form": "din_paper", "width": 32, "unit": 64, "hidden": 128, "hidden_2": 64},
+}
 
 
 def ratios(split: Split, plan: runner.Plan, cache: Path, say: runner.Say) -> dict[str, Any]:
