@@ -23,7 +23,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +34,10 @@ from couturier.kernels.shared_prefix import PrefixCache, shared_prefix_attention
 
 if TYPE_CHECKING:
     from transformers import LlamaModel
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 # Joining copies weights; beyond this many a layer the copy costs more than it saves.
 _JOIN_BELOW = 1 << 22
-_PLAIN_LINEAR = (nn.Linear,)
 
 Weight = tuple[Tensor, Tensor | None]
 
@@ -102,11 +102,14 @@ class Decoding:
         self, decoder: Decoder, prefix: Prefix, row_R: Tensor, *, samples: int, steps: int, compile: bool = False
     ) -> None:
         self.decoder, lm = decoder, decoder.lm
-        first = lm.layers[0]
-        kv_heads, d = lm.config.num_key_value_heads, first.self_attn.head_dim
-        self.shape = _Shape(lm.config.num_attention_heads, kv_heads, d, float(first.input_layernorm.variance_epsilon))
-        self.act: Callable[[Tensor], Tensor] = first.mlp.act_fn
-        self.blocks = [_block(layer) for layer in lm.layers]
+        layers = cast("Sequence[LlamaDecoderLayer]", lm.layers)
+        d = int(layers[0].self_attn.head_dim)
+        kv_heads = int(lm.config.num_key_value_heads or lm.config.num_attention_heads)
+        self.shape = _Shape(
+            lm.config.num_attention_heads, kv_heads, d, float(layers[0].input_layernorm.variance_epsilon)
+        )
+        self.act: Callable[[Tensor], Tensor] = layers[0].mlp.act_fn
+        self.blocks = [_block(layer) for layer in layers]
         device = prefix.x_NPD.device
         self.cache = PrefixCache(
             prefix.mask_NP[row_R],
@@ -244,7 +247,7 @@ def _compiled() -> Callable[..., Tensor]:
     return torch.compile(_static_layers, dynamic=False)
 
 
-def _block(layer: nn.Module) -> _Block:
+def _block(layer: LlamaDecoderLayer) -> _Block:
     attention, mlp = layer.self_attn, layer.mlp
     return _Block(
         norm=layer.input_layernorm.weight,
@@ -262,7 +265,7 @@ def _parts(block: _Block) -> list[Weight | nn.Module]:
 
 def _plain(module: nn.Module) -> Weight | nn.Module:
     # An adapter wraps or subclasses Linear and computes more than a product: then the module itself is called.
-    return (module.weight, module.bias) if type(module) in _PLAIN_LINEAR else module
+    return (module.weight, module.bias) if type(module) is nn.Linear else module
 
 
 def _join(*modules: nn.Module) -> tuple[Weight | nn.Module, ...]:

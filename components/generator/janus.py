@@ -254,6 +254,7 @@ class JanusGenerator(nn.Module):
         top_k: int = 0,
         top_p: float = 1.0,
         spread: bool = True,
+        compile: bool = False,
     ) -> Tensor:
         """Draw ``n`` pictures a user: codes int64 ``[U, n, L]``.
 
@@ -265,8 +266,11 @@ class JanusGenerator(nn.Module):
             top_k, top_p: keep the likeliest codes only (0 and 1: keep all).
             spread: a user's samples are spread evenly over the distribution, so that they repeat each other less; each
                 alone is distributed as independent ones are.
+            compile: let ``torch.compile`` make the step; the codes stay the same.
         """
-        settings = SamplerSettings(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, spread=spread)
+        settings = SamplerSettings(
+            guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, spread=spread, compile=compile
+        )
         return sample_codes(self, self.prompts.build(favourites_UK), n, seeds=seeds, settings=settings)
 
     def save(self, folder: Path) -> None:

@@ -75,11 +75,10 @@ def test_reward_curves_far_apart_are_told_from_curves_that_are_not() -> None:
 
 def test_the_methods_are_those_of_the_stage_and_a_wrong_one_is_named(tmp_path: Path) -> None:
     assert methods.known() == ("base", *align.METHODS)
-    asked = {"workspace": tmp_path, "seeds": (0,)}
     with pytest.raises(ConfigError, match="method 'magic' is unknown; choose from base"):
-        methods.compare(methods.Asked(methods=("magic",), **asked), print)
+        methods.compare(methods.Asked(workspace=tmp_path, methods=("magic",), seeds=(0,)), print)
     with pytest.raises(DataError, match="holds no finished evaluation; run `couturier retrain`"):
-        methods.compare(methods.Asked(methods=("grpo",), **asked), print)
+        methods.compare(methods.Asked(workspace=tmp_path, methods=("grpo",), seeds=(0,)), print)
 
 
 def test_a_person_counts_once_however_many_windows_and_seeds_they_have() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from couturier.components.errors import ConfigError
+from couturier.components.generator.decoding import Decoding
 from couturier.components.generator.janus import JanusGenerator
 from couturier.components.generator.sampler import _distinct, _Points
 
@@ -148,3 +150,48 @@ def test_prompts_that_occur_twice_are_read_once(generator: JanusGenerator, histo
         assert torch.equal(distinct.ids_UP[row_BU[b]], branch.ids_UP)
         assert torch.equal(distinct.item_UP[row_BU[b]], branch.item_UP)
         assert torch.equal(distinct.mask_UP[row_BU[b]], branch.mask_UP)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_draws_the_same_codes(generator: JanusGenerator, histories: np.ndarray) -> None:
+    """Compiled steps look at all slots, empty ones included; twice, since the second call compiles nothing."""
+    for seeds in ([1, 2, 3], [4, 5, 6]):
+        plain = generator.sample(histories, 3, seeds=seeds, guidance=2.0)
+        assert torch.equal(generator.sample(histories, 3, seeds=seeds, guidance=2.0, compile=True), plain)
+    greedy = generator.sample(histories, 3, seeds=[1, 2, 3], guidance=2.0, temperature=0, compile=True)
+    assert torch.equal(greedy, generator.sample(histories, 3, seeds=[1, 2, 3], guidance=2.0, temperature=0))
+
+
+def test_steps_of_one_shape_draw_the_same_codes(
+    generator: JanusGenerator, histories: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU records as a graph: every slot is looked at in every step, those not yet filled weigh nothing."""
+    plain = generator.sample(histories, 3, seeds=[1, 2, 3], guidance=2.0)
+    calls = []
+
+    def one_shape(self: Decoding, x_MD: Tensor, cos: Tensor, sin: Tensor, first: int, end: int) -> Tensor:
+        calls.append(end)
+        return self._static(x_MD, cos, sin, torch.arange(first, end))
+
+    monkeypatch.setattr(Decoding, "_filled", one_shape)
+    assert torch.equal(generator.sample(histories, 3, seeds=[1, 2, 3], guidance=2.0), plain)
+    assert len(calls) == generator.codes_per_picture - 1
+
+
+def test_a_projection_with_an_adapter_is_called_not_copied(generator: JanusGenerator, histories: np.ndarray) -> None:
+    class Twice(torch.nn.Linear):
+        """Stands for an adapter: more than its weight."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    for layer in generator.model.model.language_model.layers:
+        for block, name in ((layer.self_attn, "v_proj"), (layer.self_attn, "o_proj"), (layer.mlp, "up_proj")):
+            plain = block.get_submodule(name)
+            adapted = Twice(plain.in_features, plain.out_features, bias=False)
+            adapted.weight = plain.weight
+            setattr(block, name, adapted)
+    codes = generator.sample(histories, 2, seeds=[1, 2, 3], temperature=0)
+    assert torch.equal(generator.logits(generator.prompts.build(histories), codes).argmax(-1), codes)
+    with pytest.raises(ConfigError, match="Merge them into the weights first"):
+        generator.sample(histories, 2, seeds=[1, 2, 3], compile=True)

@@ -37,7 +37,8 @@ from couturier.components.runtime import global_seed, seeded, threads
 
 from ..peers.environments import PeerUnavailable, cache_folder, environment
 
-VOCABULARY, PROMPTS, PROMPT_TOKENS, GROUP, LENGTH, WANTED, LR = 64, 8, 32, 8, 16, 8, 1e-3
+# A prompt and a completion are as long as the demo's history and picture.
+VOCABULARY, PROMPTS, PROMPT_TOKENS, GROUP, LENGTH, WANTED, LR = 64, 8, 40, 8, 16, 8, 1e-3
 WARM_UP = 3
 _LIMIT_S = 900
 

@@ -12,6 +12,7 @@ settings: ``--set METHOD:name=value``, with the seconds each method took in the 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def known() -> tuple[str, ...]:
 
 def compare(asked: Asked, say: Callable[[str], None]) -> dict[str, Any]:
     """``rows``: metric → ``[mean, low, high]`` over people, values averaged over seeds first; ``minus_sft`` likewise;
-    ``seconds``: of each method's stage, mean over seeds.
+    ``seconds``: of each method's stage, mean over seeds; ``left_out``: methods that cannot run here, and why.
 
     Raises:
         ConfigError: a method nobody knows.
@@ -69,15 +70,23 @@ def compare(asked: Asked, say: Callable[[str], None]) -> dict[str, Any]:
     inputs = finished(store)
     frames: dict[str, list[pl.DataFrame]] = {}
     seconds: dict[str, list[float]] = {}
-    for method in asked.methods:
-        for seed in asked.seeds:
+    left_out: dict[str, str] = {}
+    for method, seed in itertools.product(asked.methods, asked.seeds):
+        if method in left_out:
+            continue
+        try:
             made, proof = run(store, inputs, asked, method, seed)
-            found = pl.read_parquet(proof.path / evaluate.PER_USER)
-            frames.setdefault(method, []).append(found.filter(pl.col("row") == ALIGNED))
-            seconds.setdefault(method, []).append(float(store.manifest(made.id)["seconds"]))
-            for row in SHARED_ROWS:
-                frames.setdefault(row, []).append(found.filter(pl.col("row") == row))
-            say(f"{method}, seed {seed}: {seconds[method][-1]:.0f} s")
+        except ConfigError as error:
+            # A method may want another family of generators than the workspace holds.
+            left_out[method] = str(error)
+            say(f"left out: {method}: {error}")
+            continue
+        found = pl.read_parquet(proof.path / evaluate.PER_USER)
+        frames.setdefault(method, []).append(found.filter(pl.col("row") == ALIGNED))
+        seconds.setdefault(method, []).append(float(store.manifest(made.id)["seconds"]))
+        for row in SHARED_ROWS:
+            frames.setdefault(row, []).append(found.filter(pl.col("row") == row))
+        say(f"{method}, seed {seed}: {seconds[method][-1]:.0f} s")
     people = {row: by_person(parts) for row, parts in frames.items()}
     return {
         "rows": {
@@ -89,6 +98,7 @@ def compare(asked: Asked, say: Callable[[str], None]) -> dict[str, Any]:
             if row != "sft"
         },
         "seconds": {method: float(np.mean(all_)) for method, all_ in seconds.items()},
+        "left_out": left_out,
         "inputs": inputs,
         "seeds": list(asked.seeds),
         "settings": list(asked.settings),
@@ -199,6 +209,7 @@ def markdown(found: dict[str, Any], facts: dict[str, Any]) -> str:
         cells = [_cell(values.get(metric)) for metric in seen]
         took = found["seconds"].get(name)
         lines.append(f"| {name} | {'' if took is None else f'{took:.0f}'} | " + " | ".join(cells) + " |")
+    lines += [f"\nLeft out: {name}: {why}" for name, why in found["left_out"].items()]
     lines += ["", "Less fine-tuning (`sft`), person by person:", "", "| row | " + " | ".join(seen) + " |"]
     lines.append("|---|" + "---:|" * len(seen))
     for name, values in found["minus_sft"].items():

@@ -15,7 +15,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
@@ -98,12 +98,13 @@ class Peer:
     @torch.no_grad()
     def sample(self, prompts: Prompts, n: int, *, guidance: float, greedy: bool) -> Tensor:
         """Codes ``[U, n, L]``."""
-        ids_UP, mask_UP = self.ids(prompts), prompts.mask_UP.long()
+        ids_UP, mask_UP = self.ids(prompts), cast(torch.LongTensor, prompts.mask_UP.long())
         how: dict[str, Any] = {"do_sample": True, "top_k": 0, "top_p": 1.0, "num_return_sequences": n}
         if greedy:
             # It refuses to return several greedy sequences: copies of the prompt are asked for instead.
             how = {"do_sample": False}
-            ids_UP, mask_UP = ids_UP.repeat_interleave(n, 0), mask_UP.repeat_interleave(n, 0)
+            ids_UP = ids_UP.repeat_interleave(n, 0)
+            mask_UP = cast(torch.LongTensor, mask_UP.repeat_interleave(n, 0))
         config = GenerationConfig(guidance_scale=guidance, **how, **self.fixed)
         codes = self.model.generate(ids_UP, attention_mask=mask_UP, generation_mode="image", generation_config=config)
         return codes.view(len(prompts.ids_UP), n, -1)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import trl
-from datasets import Dataset
+import trl  # type: ignore[import-not-found]
+from datasets import Dataset  # type: ignore[import-not-found]
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 
