@@ -27,6 +27,7 @@ from couturier.components.alignment.prospect import ProspectConfig
 from couturier.components.alignment.rejection import Rejection, RejectionConfig
 from couturier.components.alignment.rewards import Weights
 from couturier.components.alignment.scene import Scene
+from couturier.components.alignment.social import SocialConfig
 from couturier.components.alignment.watch import Watch, WatchConfig
 from couturier.components.errors import ConfigError
 from couturier.components.lineage.stages import StageContext
@@ -49,6 +50,8 @@ class Config:
     """The imitation before every method."""
     weights: Weights = field(default_factory=Weights)
     """Of the reward's terms."""
+    social: SocialConfig = field(default_factory=SocialConfig)
+    """Of the term ``social``, fitted where its weight is not 0."""
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
     rejection: RejectionConfig = field(default_factory=RejectionConfig)
@@ -106,12 +109,21 @@ def run(ctx: StageContext) -> None:
     loop.save_curves(ctx.out)
     ctx.facts.update(loop.last())
     ctx.facts["parameters"] = sum(p.numel() for p in loop.parameters)
+    if scene.social is not None:
+        ctx.facts["social_accuracy"] = scene.social.facts
     ctx.facts.update(method=config.method, steps=loop.step, stopped=loop.stopped or DONE)
 
 
 def prepare(ctx: StageContext, config: Config) -> tuple[Loop, Scene]:
     """The loop of the configured method, at its first step or where its newest checkpoint left it."""
-    scene = Scene(ctx, seed=config.seed, weights=config.weights, distil=config.distil, prospect=config.prospect)
+    scene = Scene(
+        ctx,
+        seed=config.seed,
+        weights=config.weights,
+        distil=config.distil,
+        prospect=config.prospect,
+        social=config.social,
+    )
     watch = Watch(ctx, scene.catalogue, scene.codec, config.watch)
     watchman = Watchman(config.guards)
     # First the phases: a method may add to the policy what will learn.

@@ -36,6 +36,8 @@ class Weights:
     """The judge's standardised logit, in SD."""
     future: float = 0.0
     """Whether the picture is an item of the baskets after the next."""
+    social: float = 0.0
+    """How likely people are to come back to such a picture, in SD above others of its kind (Social Reward)."""
     copying: float = 5.0
     """Penalty on pictures out of the history, for the share of the group beyond ``copy_allowed``."""
     validity: float = 1.0
@@ -59,6 +61,7 @@ class Rollout:
     nearest_Un: catalogue index of the nearest tile;  psnr_Un: decibels to it;  features_UnD: the judge's features.
     liking_Un: the judge's standardised logit;  wanted_UI: the distribution that a person's pictures should have.
     basket_UI, future_UI, history_UI: bool membership of items.
+    social_Un: :meth:`~couturier.components.alignment.social.SocialReward.score`; None where its weight is 0.
     """
 
     nearest_Un: Tensor
@@ -69,6 +72,7 @@ class Rollout:
     basket_UI: Tensor
     future_UI: Tensor
     history_UI: Tensor
+    social_Un: Tensor | None = None
 
 
 def coverage(rollout: Rollout, weights: Weights) -> Tensor:
@@ -100,6 +104,11 @@ def future(rollout: Rollout, weights: Weights) -> Tensor:
     return _is_in(rollout.future_UI, rollout.nearest_Un).float() / _same(rollout).sum(-1)
 
 
+def social(rollout: Rollout, weights: Weights) -> Tensor:
+    """What a community would come back to, clipped at 3 SD as the judge's liking is; 0 where nobody was asked."""
+    return torch.zeros_like(rollout.liking_Un) if rollout.social_Un is None else rollout.social_Un.clamp(-3, 3)
+
+
 def copying(rollout: Rollout, weights: Weights) -> Tensor:
     """Minus the share of the group out of the history beyond what is allowed, borne by the copies."""
     copied_Un = _is_in(rollout.history_UI, rollout.nearest_Un).float()
@@ -127,6 +136,7 @@ TERMS: dict[str, Callable[[Rollout, Weights], Tensor]] = {
     "coverage": coverage,
     "judge": judge,
     "future": future,
+    "social": social,
     "copying": copying,
     "validity": validity,
     "dissimilarity": dissimilarity,

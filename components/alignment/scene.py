@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import polars as pl
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,7 +19,9 @@ from couturier.components.alignment.batches import WindowSampler
 from couturier.components.alignment.distil import DistilConfig, prefixes, wanted
 from couturier.components.alignment.prospect import Prospect, ProspectConfig
 from couturier.components.alignment.rewards import PictureBook, Rollout, Weights, membership
+from couturier.components.alignment.social import SocialConfig, SocialReward
 from couturier.components.data.formats import Catalogue, Windows
+from couturier.components.data.reuse import REUSE
 from couturier.components.errors import ConfigError
 from couturier.components.generator.codec import load_codec
 from couturier.components.generator.janus import JanusGenerator
@@ -36,10 +39,19 @@ class Scene:
         random: the generator every phase draws from.
         base_I: the share of training baskets that hold each item.
         prefix_LI: of :func:`~couturier.components.alignment.distil.prefixes`.
+        social: what a community comes back to; None where its weight is 0. Fitted here, in seconds and by seed, so
+            that a resumed run has it again to the same bits.
     """
 
     def __init__(
-        self, ctx: StageContext, *, seed: int, weights: Weights, distil: DistilConfig, prospect: ProspectConfig
+        self,
+        ctx: StageContext,
+        *,
+        seed: int,
+        weights: Weights,
+        distil: DistilConfig,
+        prospect: ProspectConfig,
+        social: SocialConfig,
     ) -> None:
         self.ctx, self.seed, self.weights = ctx, seed, weights
         self.distil_config, self.prospect_config = distil, prospect
@@ -56,7 +68,12 @@ class Scene:
         self.codes_IL = load_file(ctx.inputs["tokenise"] / "codes.safetensors")["codes_IL"]
         self.prefix_LI = prefixes(self.codes_IL)
         self.book = PictureBook(self.codec, self.judge, self.catalogue)
-        self.book.look(self.codes_IL)
+        drawn_I = self.book.look(self.codes_IL)
+        self.social: SocialReward | None = None
+        if weights.social:
+            reuse = pl.read_parquet(ctx.inputs["sequences"] / REUSE)
+            # Items as the codec draws them, which is how the policy's pictures will look.
+            self.social = SocialReward(self.catalogue, reuse, self.book.features[drawn_I], social, seed=seed)
         self.random = seeded(seed, "rl", "rollouts")
         self.sampler = WindowSampler(self.train, self.random, targets=1)
 
@@ -119,6 +136,7 @@ class Scene:
             basket_UI=membership([self.train.basket_of(w) for w in rows], items),
             future_UI=membership([self.train.future_of(w) for w in rows], items),
             history_UI=membership(list(self.history(rows)), items),
+            social_Un=None if self.social is None else self.social.score(features, self.book.nearest[seen].view(u, n)),
         )
 
     def describe(self, rollout: Rollout, reward_Un: Tensor, terms: Mapping[str, Tensor]) -> dict[str, float]:

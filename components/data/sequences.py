@@ -20,6 +20,7 @@ import numpy as np
 import polars as pl
 
 from couturier.components.data.formats import EVENTS, ITEMS, META, PICTURES, USERS, Catalogue, Windows
+from couturier.components.data.reuse import REUSE, reuse_of
 from couturier.components.errors import DataError
 from couturier.components.files import read_json
 from couturier.components.lineage.stages import StageContext
@@ -76,6 +77,7 @@ def run(ctx: StageContext) -> None:
         pl.read_parquet(source / ITEMS), pl.read_parquet(source / PICTURES), training, meta, config
     )
     catalogue.save(ctx.out)
+    reuse_of(training).write_parquet(ctx.out / REUSE)
     if (source / USERS).exists():
         shutil.copyfile(source / USERS, ctx.out / USERS)
     groups = user_groups(events, catalogue, split_of)
