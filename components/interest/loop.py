@@ -34,9 +34,6 @@ from couturier.components.runtime import seeded
 from couturier.components.together import average_gradients, from_first, rank, world
 
 _UNDECAYED = "items.identity.weight"
-# glibc gives freed memory back to the system beyond what its largest block so far was, 32 MB at most. A small judge's
-# step then has its pages faulted in again, a tenth of its time. One block of nearly that, never written, lifts it.
-_BLOCK_BYTES = 31 << 20
 
 
 class Examples(Protocol):
@@ -129,7 +126,6 @@ class FitLoop:
         Raises:
             TrainingError: a loss that is no number; the message names what the batch was made of.
         """
-        torch.empty(_BLOCK_BYTES, dtype=torch.uint8)
         while self.step < self.last and not self.stopped:
             loss = self._step()
             self.step += 1
