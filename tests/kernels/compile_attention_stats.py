@@ -17,7 +17,14 @@ def kernels(kernel: Callable[..., Any]) -> list[Any]:
     for function in (attention_rows_kernel, attention_columns_kernel):
         for dtype in ("bf16", "fp32"):
             for width in (32, 64, 128):
-                constants = {"H": 8, "G": 4, "D": width, "BD": width, "HAS_LSE": False, "HAS_START": True}
+                constants: dict[str, object] = {
+                    "H": 8,
+                    "G": 4,
+                    "D": width,
+                    "BD": width,
+                    "HAS_LSE": False,
+                    "HAS_START": True,
+                }
                 constants |= {"UPCAST": False, "PRECISION": "tf32x3", **CONFIGS[0].kwargs}
                 out.append(
                     kernel(
