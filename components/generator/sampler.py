@@ -108,26 +108,28 @@ def sample_tokens(
     points = _Points(uniforms_UnL.to(device), spread=settings.spread)
     rows = -(-n // _MOST_IN_A_ROW)
     each = -(-n // rows)
-    decoding = Decoding(
-        decoder,
-        prefix,
-        row_BU.flatten().repeat_interleave(rows),
-        samples=each,
-        steps=length - 1,
-        compile=settings.compile,
-    )
     # The last row of a user may have places to spare: they follow code 0 and are left out at the end.
+    # Made outside of inference mode: a loss may need them.
     codes_UmL = torch.zeros(users, rows * each, length, dtype=torch.long, device=device)
-    logits = decoding.first_logits()[:, None].expand(-1, each, -1)
-    for t in range(length):
-        logits_BUmK = logits.reshape(branches, users, rows * each, -1)
-        mixed = logits_BUmK[0]
-        if branches == 2:
-            mixed = logits_BUmK[1] + settings.guidance * (mixed - logits_BUmK[1])
-        codes_UmL[:, :n, t] = _draw(mixed[:, :n].float(), points, settings)
-        if t + 1 < length:
-            x_UmD = decoder.embed(codes_UmL[:, :, t])
-            logits = decoding.step(x_UmD.view(users * rows, each, -1).repeat(branches, 1, 1))
+    with torch.inference_mode():
+        decoding = Decoding(
+            decoder,
+            prefix,
+            row_BU.flatten().repeat_interleave(rows),
+            samples=each,
+            steps=length - 1,
+            compile=settings.compile,
+        )
+        logits = decoding.first_logits()[:, None].expand(-1, each, -1)
+        for t in range(length):
+            logits_BUmK = logits.reshape(branches, users, rows * each, -1)
+            mixed = logits_BUmK[0]
+            if branches == 2:
+                mixed = logits_BUmK[1] + settings.guidance * (mixed - logits_BUmK[1])
+            codes_UmL[:, :n, t] = _draw(mixed[:, :n].float(), points, settings)
+            if t + 1 < length:
+                x_UmD = decoder.embed(codes_UmL[:, :, t])
+                logits = decoding.step(x_UmD.view(users * rows, each, -1).repeat(branches, 1, 1))
     return codes_UmL[:, :n]
 
 
