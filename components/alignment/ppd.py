@@ -6,8 +6,8 @@
 
 One model is aligned with everybody at once, since it is told whose preference counts. The loss is Diffusion-DPO
 (Wallace et al., arXiv 2311.12908): the denoiser should gain on the base model more at the preferred picture than at the
-other. The reference knows no user. What PPD adds to the base model is all that learns, so the reference is the same
-network with the embedding left out.
+other. The reference knows no user: it is the base model, kept as it was. By default all weights learn; a tiny base
+has too little to say through what PPD adds alone.
 
 Errors are weighted as in the likelihood integral (:meth:`Denoiser.error_nats`), so that ``beta`` counts nats, as in DPO
 of language models; the paper's code weighs all levels alike and takes beta in the thousands. Which pairs are mined from
@@ -19,6 +19,7 @@ P pairs.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -51,6 +52,9 @@ class PpdConfig:
     source: str = "taken"
     """Where the pairs that are learned come from. "taken": an item of the next basket against a popular one that was
     passed over; "judged": of some pictures drawn for the person, the best against the worst by the reward."""
+    whole: bool = True
+    """Whether the base model's own weights learn, too; else only what PPD adds to it (the paper's pictures come from a
+    base a thousand times larger, which need not move)."""
     steps: int = 120
     prompts: int = 24
     """Windows a step."""
@@ -87,6 +91,7 @@ class Preferences:
 
 def ppd_loss(
     generator: DiffusionGenerator,
+    reference: DiffusionGenerator,
     given: Preferences,
     users_UEW: Tensor,
     *,
@@ -96,6 +101,7 @@ def ppd_loss(
     """``-log sigmoid(-beta * [(e_w - e_l) - (ref_w - ref_l)])``, errors e in nats at one shared noise and level.
 
     Args:
+        reference: the base model, which is told of no user.
         users_UEW: embeddings of :meth:`DiffusionGenerator.embed_users`.
         random: noise and levels come from it.
 
@@ -110,8 +116,8 @@ def ppd_loss(
     own = generator.condition(given.favourites_UK, users_UEW=users_UEW).repeat(n)
     error_N = generator.error_nats(codes_NL, noise, time, own.beside(own))
     with torch.no_grad():
-        base = generator.condition(given.favourites_UK).repeat(n)
-        reference_N = generator.error_nats(codes_NL, noise, time, base.beside(base))
+        base = reference.condition(given.favourites_UK).repeat(n)
+        reference_N = reference.error_nats(codes_NL, noise, time, base.beside(base))
     gain_w, gain_l = (reference_N - error_N).view(2, u, n)
     margin_Un = gain_w - gain_l
     return -F.logsigmoid(beta * margin_Un), margin_Un, error_N.view(2, u, n)[0]
@@ -152,14 +158,16 @@ class Ppd:
                 "Add --set sft.generator.family=diffusion, or choose another rl.method."
             )
         self.scene, self.config, self.watch = scene, config, watch
-        self.generator = scene.policy.personalise(config.preference, seed=scene.seed)
+        # Freshly loaded, also where a killed run goes on: the loop restores the policy's weights afterwards.
+        self.reference = copy.deepcopy(scene.policy).requires_grad_(False).eval()
+        self.generator = scene.policy.personalise(config.preference, seed=scene.seed, whole=config.whole)
         self.steps, self.weight_decay, self.look_every = config.steps, config.weight_decay, look_every
         self.sampler = WindowSampler(scene.train, scene.random, targets=config.pairs)
         purchases = scene.catalogue.items["purchases"].to_numpy().astype(np.float64)
         self.popularity_I = torch.from_numpy(purchases)
 
     def begin(self) -> None:
-        """The reference is the network itself without embeddings: nothing is copied."""
+        """The reference is there from the start."""
 
     def take(self, at: int) -> Step:
         """One step over fresh pairs."""
@@ -167,7 +175,9 @@ class Ppd:
         rows, given, values = self._judged() if config.source == "judged" else self._taken()
         users_UEW = generator.users_of(given.favourites_UK)
         assert users_UEW is not None
-        each_Un, margin_Un, error_Un = ppd_loss(generator, given, users_UEW, beta=config.beta, random=self.scene.random)
+        each_Un, margin_Un, error_Un = ppd_loss(
+            generator, self.reference, given, users_UEW, beta=config.beta, random=self.scene.random
+        )
         loss = each_Un.mean() + config.anchor * error_Un.mean()
         pictures = 2 * each_Un.numel()
         return Step(

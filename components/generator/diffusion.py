@@ -93,15 +93,13 @@ class DiffusionGenerator(Denoiser):
         return len(self.codebook_KD)
 
     def parameters_to_train(self) -> list[nn.Parameter]:
-        """All of it before PPD; after :meth:`personalise`, what PPD added and nothing else."""
+        """All of it before PPD; after :meth:`personalise`, what PPD added and, if so wished, the rest."""
         return [p for p in self.parameters() if p.requires_grad]
 
-    def personalise(self, config: PreferenceConfig, *, seed: int) -> DiffusionGenerator:
-        """Add the reader of preference pairs and the decoupled cross-attention; the rest is frozen from here on.
-
-        The first output is that of the model without them.
-        """
-        self.requires_grad_(False)
+    def personalise(self, config: PreferenceConfig, *, seed: int, whole: bool = False) -> DiffusionGenerator:
+        """Add the reader of preference pairs and the decoupled cross-attention. The first output is that of the model
+        without them. Unless the ``whole`` model is to learn, the rest is frozen from here on."""
+        self.requires_grad_(whole)
         with global_seed(seed, "preference"):
             self.pairs, self.preference = PairReader(self.features_IF.shape[1], config), config
             for block in self.dit.transformer_blocks:
