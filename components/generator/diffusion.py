@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -297,7 +298,7 @@ def code_vectors(codec: Codec) -> Tensor:
 def understand(eyes: JanusVisionModel, catalogue: Catalogue, batch: int = 256) -> Tensor:
     """Understanding features of every catalogue picture, the mean over its patches, ``[I, F]``."""
     eyes = eyes.eval()
-    size = eyes.config.image_size
+    size = cast(int, eyes.config.image_size)
     parts = [
         eyes(to_tower(catalogue.rgb_IHWC[i : i + batch], size)).last_hidden_state.mean(1)
         for i in range(0, len(catalogue), batch)

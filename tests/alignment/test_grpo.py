@@ -234,8 +234,8 @@ def test_guided_rollouts_are_as_likely_as_the_gradient_says(started: Path) -> No
     loop.run()
     phase = loop.phases[0]
     assert isinstance(phase, Grpo) and phase.batch is not None and phase.batch.old_UnL is not None
-    scene.policy.load_state_dict(JanusGenerator.load(started / "rl-sft" / "model").state_dict())
-    prompts = scene.policy.prompts.build(scene.history(phase.batch.rows))
+    scene.janus.load_state_dict(JanusGenerator.load(started / "rl-sft" / "model").state_dict())
+    prompts = scene.janus.prompts.build(scene.history(phase.batch.rows))
     with torch.no_grad():
-        plain = scene.policy.log_prob(prompts, phase.batch.codes_UnL)
+        plain = scene.janus.log_prob(prompts, phase.batch.codes_UnL)
     assert phase.batch.old_UnL.mean() > plain.mean() + 0.01

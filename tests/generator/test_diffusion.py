@@ -181,7 +181,7 @@ def test_one_that_knows_preferences_keeps_them_when_saved(diffusion: DiffusionGe
 def test_the_codec_of_a_published_model_has_vectors_too(generator: JanusGenerator) -> None:
     from transformers import JanusVQVAE, JanusVQVAEConfig
 
-    facts = generator.model.config.vq_config.to_dict()
+    facts = generator.model.config.to_dict()["vq_config"]
     codec = JanusCodec(JanusVQVAE(JanusVQVAEConfig(**facts)))
     assert code_vectors(codec).shape == (CODEBOOK, facts["embed_dim"])
     assert torch.allclose(code_vectors(codec).norm(dim=1), torch.ones(CODEBOOK))
