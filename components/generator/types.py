@@ -37,12 +37,12 @@ class DiffusionConfig:
     heads: int = 4
     history: int = 12
     """Favourites it looks at."""
-    steps: int = 16
+    steps: int = 20
     """Calls of the denoiser a picture."""
     shift: float = 0.0
     """How far steps and training lean towards noise; 1 is even in the path's time, 0 stands for
     sqrt(L * D / (1 + stagger)) / 4.5."""
-    stagger: float = 3.0
+    stagger: float = 2.0
     """How much later the last place of a picture is denoised than the first, in times that one place takes; 0 denoises
     all at once."""
     nats_levels: int = 16

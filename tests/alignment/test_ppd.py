@@ -77,7 +77,7 @@ def plain() -> Tastes:
     features_IF = torch.cat([quality_I[:, None], torch.randn(ITEMS, 5, generator=random) * 0.5], 1)
     codes_IL = torch.randint(0, CODEBOOK, (ITEMS, CODES), generator=random)
     codebook_KD = torch.randn(CODEBOOK, WIDTH, generator=random)
-    config = DiffusionConfig(width=32, layers=2, heads=2, history=4, steps=12)
+    config = DiffusionConfig(width=32, layers=2, heads=2, history=4, steps=12, stagger=3.0)
     with global_seed(0, "plain"):
         generator = DiffusionGenerator(config, features_IF, codebook_KD, torch.arange(ITEMS), codes=CODES)
     generator.set_prior(codes_IL, torch.ones(ITEMS))
