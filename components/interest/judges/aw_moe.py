@@ -2,14 +2,17 @@
 
     behaviour b_j, target t ─┬▶ attention unit ─▶ softmax ─▶ V = sum of b_j ─▶ x = [V | t | V t] ─▶ experts f_1 .. f_K
                              ├▶ gate unit g_j in R^K      ┐                                              │
-                             └▶ activation unit a_j in R  ┴▶ g = sum_j w_j a_j g_j ───────────▶ logit = sum_k g_k f_k(x)
+                             └▶ activation unit a_j in R  ┴▶ g = mean_j a_j g_j (by weight) ──▶ logit = sum_k g_k f_k(x)
     contrast: the gate of a thinned history must be nearest to the gate of the whole one, among those of other people
 
 JD, 2023 (arXiv 2306.05011). From its abstract: a mixture whose experts and gate both read the behaviours, a gate of one
 gate unit and one activation unit that learn the expert activations by attention, random masking that plays the long
 tail, a contrast on the gate's output. The body was not available, so ours are: the widths; the units as networks of one
-hidden layer over ``[b | t | b t]``; the sum without a softmax over experts; InfoNCE over cosines; experts with one
-hidden layer; the attention of the input network, as in DIN's released code (arXiv 1706.06978) without its constant.
+hidden layer over ``[b | t | b t]``; no softmax over experts; a mean over behaviours where the paper may have a sum, so
+that a gate does not grow with the history and a short one's resembles a long one's before anything is learned (with the
+sum, short histories were judged worse than by DIN); InfoNCE over cosines, all gates of a batch asked about one target;
+experts with one hidden layer; the attention of the input network, as in DIN's released code (arXiv 1706.06978) without
+its constant.
 
 A behaviour is its item's projection plus a small network of its age and weight. ``weight`` counts as copies: a weight
 of 2 is the same as the row twice. An empty history has a learned gate and a learned V; to learn them, a share of the
@@ -37,6 +40,7 @@ from couturier.components.interest.masking import thinned, with_strangers
 from couturier.components.interest.types import HistoryBatch, TrainBatch
 
 _TIMES = 5
+_LEAST = 1e-3  # of a behaviour's weight
 _PIECE = 1 << 21  # numbers of a hidden layer at a time, so that a piece stays in the cache
 
 
@@ -115,10 +119,13 @@ class AwMoeJudge(ContentJudge):
         self.offset = nn.Parameter(torch.zeros(k))
         self.nothing = nn.Parameter(torch.randn(e) * 0.1)
         self.usual = nn.Parameter(torch.full((k,), 0.5))
+        # Everybody starts with the usual gate: from gates near 0 experts learn next to nothing for hundreds of steps.
+        nn.init.ones_(self.activation.bias)
+        nn.init.constant_(self.gate.bias, 0.5)
         centre_inputs(self.item, content.pictures_IP)
 
     def _encode(self, history: HistoryBatch) -> AwMoeState:
-        amount_N = history.weight_N.clamp_min(1e-3)
+        amount_N = history.weight_N.clamp_min(_LEAST)
         behaviours_NE = self.item(history.features_ND) + self.moment(_times(history.age_days_N))
         return AwMoeState(behaviours_UTE=history.pad(behaviours_NE), amount_UT=history.pad(amount_N))
 
@@ -133,6 +140,7 @@ class AwMoeJudge(ContentJudge):
         """Logits ``[U, C]`` and gates ``[U, C, K]``, some candidates at a time."""
         pooled, gates = [], []
         empty_U11 = state.empty_U[:, None, None]
+        mass_U11 = state.amount_UT.sum(1)[:, None, None].clamp_min(_LEAST)
         for part_UCE, read in self._reads(state, targets_UCE):
             if read is None:
                 pooled.append(self.nothing.expand(part_UCE.shape))
@@ -141,7 +149,7 @@ class AwMoeJudge(ContentJudge):
             pooled.append(torch.where(empty_U11, self.nothing, read.weight_UCT @ state.behaviours_UTE))
             summed_UCF = (read.active_UCT[:, :, None] @ read.hidden_UCTF)[:, :, 0]
             gate_UCK = summed_UCF @ self.gate.weight.T + read.active_UCT.sum(-1, keepdim=True) * self.gate.bias
-            gates.append(torch.where(empty_U11, self.usual, gate_UCK))
+            gates.append(torch.where(empty_U11, self.usual, gate_UCK / mass_U11))
         gates_UCK = torch.cat(gates, dim=1)
         return self._mixed(torch.cat(pooled, dim=1), targets_UCE, gates_UCK), gates_UCK
 
@@ -177,32 +185,43 @@ class AwMoeJudge(ContentJudge):
         return found_X
 
     def loss(self, batch: TrainBatch, noise: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Ranking, and the contrast between the gates of whole and thinned histories for what was taken."""
+        """Ranking, and the contrast between the gates of whole and thinned histories for one target."""
         config = self.config
         history = with_strangers(batch.history, config.strangers, noise) if config.strangers else batch.history
         state = self._encode(history)
         targets_UCE = self.item(batch.candidates_UCD)
-        logits_UC, gates_UCK = self._judged(state, targets_UCE)
-        loss, parts = ranking_loss(logits_UC, batch, config.bce)
         if not config.contrast:
-            return loss, parts
+            return ranking_loss(self._judged(state, targets_UCE)[0], batch, config.bce)
+        shared_U1E = self._shared(targets_UCE, noise)
+        logits_UC, gates_UCK = self._judged(state, torch.cat([targets_UCE, shared_U1E], dim=1))
+        loss, parts = ranking_loss(logits_UC[:, :-1], batch, config.bce)
         thin = self._encode(thinned(history, config.mask, noise))
-        thin_UCK = self._judged(thin, targets_UCE[:, :1])[1]
+        thin_U1K = self._judged(thin, shared_U1E)[1]
         both_U = ~(state.empty_U | thin.empty_U)
-        contrast = gate_contrast(thin_UCK[both_U, 0], gates_UCK[both_U, 0], config.temperature)
+        contrast = gate_contrast(thin_U1K[both_U, 0], gates_UCK[both_U, -1], config.temperature)
         return loss + config.contrast * contrast, parts | {"contrast": contrast.detach()}
+
+    def _shared(self, targets_UCE: Tensor, noise: torch.Generator) -> Tensor:
+        """What one user of the batch, drawn at random, took, as everybody's target ``[U, 1, E]``.
+
+        Of targets of their own, a gate that told the targets apart would end the contrast without a look at who reads.
+        """
+        users = len(targets_UCE)
+        drawn_1 = torch.randint(max(1, users), (min(1, users),), generator=noise, device=noise.device)
+        return targets_UCE[drawn_1.to(targets_UCE.device), :1].expand(users, -1, -1)
 
     @torch.no_grad()
     def explain(self, history: HistoryBatch, candidates_UCD: Tensor) -> Tensor:
         """Contributions ``[U, C, T]``: the logit minus the logit without that history item; 0 where padded.
 
-        Leaving an item out takes one term out of the gate's sum and out of the weighted mean, so the cost grows with T.
+        Leaving an item out takes one term out of the gate's mean and out of the history's, so the cost grows with T.
         """
         state = self.encode(history)
         whole_UC = self.score(state, candidates_UCD)
         real_UT = history.real_UT()
         out_UCT = whole_UC.new_zeros(*whole_UC.shape, real_UT.shape[1])
         alone_U = history.lengths == 1
+        mass_UT = (state.amount_UT.sum(1, keepdim=True) - state.amount_UT).clamp_min(_LEAST)
         start = 0
         for part_UCE, read in self._reads(state, self.item(candidates_UCD)):
             if read is None:
@@ -211,7 +230,7 @@ class AwMoeJudge(ContentJudge):
             gate_UCTK = self.gate(read.hidden_UCTF) * read.active_UCT[..., None]
             gate_UC1K = gate_UCTK.sum(2, keepdim=True)
             for places, pooled_UCSE in each_left_out(read.weight_UCT, state.behaviours_UTE):
-                left_UCSK = gate_UC1K - gate_UCTK[:, :, places]
+                left_UCSK = (gate_UC1K - gate_UCTK[:, :, places]) / mass_UT[:, None, places, None]
                 nobody_U111 = alone_U[:, None, None, None]
                 pooled_UCSE = torch.where(nobody_U111, self.nothing, pooled_UCSE)
                 left_UCSK = torch.where(nobody_U111, self.usual, left_UCSK)
