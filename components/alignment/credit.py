@@ -15,6 +15,13 @@ alone, so that no picture's credit depends on its batch; thresholds are a pictur
 picture's side (the paper's are for words); and a code that several anchors point at gets the parts of all of them, so
 that moving credit back makes none.
 
+What was seen here (2026-11-22, one core): the looks cost as much as one forward pass of the policy over the same
+pictures. In a model taught that most late codes repeat one early code, changing the code of the highest FAI changes
+what follows more than changing that of the lowest in 88 % of cases (the paper: 87 %). On the demo's fine-tuned pictures
+of 16 codes, which their first two codes all but decide, only in 56 % (59 % after RL); and thirty steps of GRPO from
+there told nothing: the reward with anchors less that with the control ("random") was +.020, +.076, -.115 and +.058 by
+seed, so plain GRPO stays the default.
+
 Legend: U users, n pictures a user, L codes a picture, N = U n, P prompt tokens, T = P + n L, H heads, G key heads,
 M heads of all layers looked at, d width of a head.
 """
