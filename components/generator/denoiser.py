@@ -11,6 +11,10 @@ Nearly all of a picture is decided while the noise is much stronger than the sig
 hundreds of dimensions), so steps and training are shifted towards noise by the root of the number of dimensions, as
 Stable Diffusion 3 does for larger pictures (Esser et al., arXiv 2403.03206, section 5.3.2).
 
+Places do not all stand at the same level of noise: later ones follow earlier ones by ``stagger`` (levels of their own
+for parts of a sample: Diffusion Forcing, Chen et al., arXiv 2407.01392), which spares a tiny model the joint decision
+over all of them. Every level's likelihood integral then runs along that path. The order and the form are ours.
+
 Legend: U users, n pictures a user, N = U * n, L codes a picture, K codebook entries, D code width, I items,
 F understanding features, S condition tokens, W width, E user tokens, g edge of the grid of codes.
 """
