@@ -9,12 +9,35 @@ within a batch), which sees one share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from couturier.components.errors import ConfigError
+
+
+@contextmanager
+def processes() -> Iterator[None]:
+    """Join the other processes that ``torchrun`` started, for the length of a block; nothing to do alone.
+
+    They speak over gloo, and over nccl where every process has a GPU of its own.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    own = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.device_count() > own:
+        torch.cuda.set_device(own)
+        distributed.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        distributed.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
 
 
 def rank() -> int:
@@ -27,16 +50,24 @@ def world() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Average gradients over processes in one message; nothing to do alone."""
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Average gradients over processes, in one message a dtype and device; nothing to do alone.
+
+    A parameter that no process has a gradient for keeps none, so that the optimiser passes it over as it would alone.
+    One that is kept in shares has its average already.
+    """
     if world() == 1:
         return
-    grads = [value.grad if value.grad is not None else torch.zeros_like(value) for value in parameters]
-    flat = torch.cat([grad.flatten() for grad in grads])
-    distributed.all_reduce(flat)
-    flat /= world()
-    for value, part in zip(parameters, flat.split([value.numel() for value in parameters]), strict=True):
-        value.grad = part.view_as(value)
+    copies = [value for value in parameters if not in_shares(value)]
+    for kind in dict.fromkeys((value.dtype, value.device) for value in copies):
+        some = [value for value in copies if (value.dtype, value.device) == kind]
+        has = torch.tensor([value.grad is not None for value in some], dtype=kind[0], device=kind[1])
+        grads = [value.grad if value.grad is not None else torch.zeros_like(value) for value in some]
+        flat = torch.cat([has, *(grad.flatten() for grad in grads)])
+        distributed.all_reduce(flat)
+        anyone, mean = (flat[: len(some)] > 0).tolist(), flat[len(some) :] / world()
+        for value, part, used in zip(some, mean.split([value.numel() for value in some]), anyone, strict=True):
+            value.grad = part.view_as(value) if used else None
 
 
 def mean_over(total: Tensor, count: Tensor) -> Tensor:
@@ -87,6 +118,71 @@ def means(values: Mapping[str, float]) -> dict[str, float]:
     told = torch.tensor(list(values.values()), dtype=torch.float64)
     distributed.all_reduce(told)
     return dict(zip(values, (told / world()).tolist(), strict=True))
+
+
+def agree(tensors: Iterable[Tensor]) -> None:
+    """Overwrite tensors with the first process's, in place: what each worked out alone may differ in its last bits."""
+    if world() > 1:
+        for tensor in tensors:
+            if not in_shares(tensor):
+                distributed.broadcast(tensor.detach(), src=0)
+
+
+def everyones(share_N: Tensor) -> Tensor:
+    """The rows that :func:`share` dealt out, put back in their order: ``[N, ...]`` → ``[N * world(), ...]``."""
+    if world() == 1:
+        return share_N
+    parts = [torch.empty_like(share_N) for _ in range(world())]
+    distributed.all_gather(parts, share_N.contiguous())
+    return torch.stack(parts, 1).flatten(0, 1)
+
+
+def in_shares(tensor: Tensor) -> bool:
+    """Whether every process keeps only its share of the tensor (FSDP)."""
+    if world() == 1:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor kept in shares, put together, on every process; any other as it is. All processes must ask at once."""
+    if world() == 1:
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def as_kept(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's share of a whole tensor, if ``like`` is kept in shares; else the tensor itself."""
+    if world() == 1:
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Keep every layer of a module that is kept in shares whole for the length of a block, for work that does not go
+    through the layers' own ``forward``; nothing to do for others."""
+    if world() == 1:
+        yield
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    layers = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for layer in layers:
+        layer.unshard()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.reshard()
 
 
 def share(size: int) -> slice:

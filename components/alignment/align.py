@@ -27,6 +27,7 @@ from couturier.components.alignment.prospect import ProspectConfig
 from couturier.components.alignment.rejection import Rejection, RejectionConfig
 from couturier.components.alignment.rewards import Weights
 from couturier.components.alignment.scene import Scene
+from couturier.components.alignment.sharding import spread
 from couturier.components.alignment.social import SocialConfig
 from couturier.components.alignment.watch import Watch, WatchConfig
 from couturier.components.errors import ConfigError
@@ -60,6 +61,8 @@ class Config:
     guards: Guards = field(default_factory=Guards)
     clip: float = 1.0
     checkpoint_every: int = 25
+    strategy: str = "ddp"
+    """How several processes hold the model: "ddp", each a copy, or "fsdp", each a share of every layer."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -103,10 +106,9 @@ def run(ctx: StageContext) -> None:
     with threads(config.threads):
         loop, scene = prepare(ctx, config)
         loop.run()
-        if rank() > 0:
-            return
         scene.policy.eval().save(ctx.out / "model")
-    loop.save_curves(ctx.out)
+    if rank() == 0:
+        loop.save_curves(ctx.out)
     ctx.facts.update(loop.last())
     ctx.facts["parameters"] = sum(p.numel() for p in loop.parameters)
     if scene.social is not None:
@@ -124,6 +126,7 @@ def prepare(ctx: StageContext, config: Config) -> tuple[Loop, Scene]:
         prospect=config.prospect,
         social=config.social,
     )
+    spread(scene.policy, config.strategy)
     watch = Watch(ctx, scene.catalogue, scene.codec, config.watch)
     watchman = Watchman(config.guards)
     # First the phases: a method may add to the policy what will learn.

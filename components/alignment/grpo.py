@@ -13,7 +13,6 @@ Legend: U users (windows), n pictures a user (a group), L codes a picture, K cod
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -26,11 +25,12 @@ from couturier.components.alignment.credit import CreditConfig, credited
 from couturier.components.alignment.loop import Step
 from couturier.components.alignment.rewards import advantages, score
 from couturier.components.alignment.scene import Scene
+from couturier.components.alignment.sharding import frozen_copy, load_whole
 from couturier.components.alignment.watch import Watch
 from couturier.components.errors import ConfigError
 from couturier.components.generator.janus import JanusGenerator
 from couturier.components.generator.prompt import Prompts
-from couturier.components.together import mean_over
+from couturier.components.together import everyones, mean_over, means, share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,7 @@ class Grpo:
 
     def begin(self) -> None:
         """GRPO must stay close to the policy it begins with."""
-        self.reference = copy.deepcopy(self.scene.janus).requires_grad_(False).eval()
+        self.reference = frozen_copy(self.scene.janus)
 
     def take(self, at: int) -> Step:
         """One update; every ``updates``-th draws new pictures first."""
@@ -228,9 +228,10 @@ class Grpo:
             kept |= {f"reference.{name}": value for name, value in self.reference.state_dict().items()}
         if self.batch is not None and self.config.updates > 1:
             tensors = {name: value for name, value in vars(self.batch).items() if isinstance(value, Tensor)}
-            kept |= {f"batch.{name}": value for name, value in tensors.items()}
-            kept |= {"batch.rows": torch.from_numpy(self.batch.rows)}
-            kept |= {f"value.{name}": torch.tensor(v, dtype=torch.float64) for name, v in self.batch.values.items()}
+            tensors["rows"] = torch.from_numpy(self.batch.rows)
+            kept |= {f"batch.{name}": everyones(value) for name, value in tensors.items()}
+            values = means(self.batch.values)
+            kept |= {f"value.{name}": torch.tensor(v, dtype=torch.float64) for name, v in values.items()}
         return kept
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -241,11 +242,13 @@ class Grpo:
         for name, value in state.items():
             group, _, key = name.partition(".")
             parts[group][key] = value
-        self.reference.load_state_dict(parts["reference"])
+        load_whole(self.reference, parts["reference"])
         if parts["batch"]:
-            rows = parts["batch"].pop("rows").numpy()
+            own = share(len(parts["batch"]["rows"]))
+            mine = {name: value[own] for name, value in parts["batch"].items()}
+            rows = mine.pop("rows").numpy()
             values = {name: float(value) for name, value in sorted(parts["value"].items())}
-            self.batch = _Batch(rows=rows, values=values, **parts["batch"])  # type: ignore[arg-type]
+            self.batch = _Batch(rows=rows, values=values, **mine)  # type: ignore[arg-type]
 
 
 def _log_prob(logits_UnLK: Tensor, codes_UnL: Tensor) -> Tensor:

@@ -22,20 +22,20 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
+from couturier.components.alignment.sharding import clip, load_whole, whole_state
 from couturier.components.errors import TrainingError
 from couturier.components.files import write_json
 from couturier.components.lineage.checkpoints import (
     Checkpoint,
     Checkpoints,
     generator_tensor,
-    load_module,
     load_optimiser,
     module_tensors,
     optimiser_tensors,
 )
 from couturier.components.lineage.stages import StageContext
 from couturier.components.runtime import matmul_flops
-from couturier.components.together import average_gradients, means, rank, told, world
+from couturier.components.together import agree, as_kept, average_gradients, in_shares, means, rank, told, world
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,11 +150,16 @@ class Loop:
         self.optimiser: torch.optim.AdamW | None = None
         self.meter = Meter(sum(p.numel() for p in parameters))
         saved = self.checkpoints.newest()
+        self._check_together(saved.step if saved is not None else 0)
         if saved is not None:
             self._restore(saved)
         else:
             for keeper in self.keepers.values():
                 keeper.begin()
+                if world() > 1:  # what each fitted alone may differ in its last bits
+                    kept = dict(keeper.state())
+                    agree(kept.values())
+                    keeper.load(kept)
 
     @property
     def total(self) -> int:
@@ -191,7 +196,13 @@ class Loop:
             self.optimiser = self._new_optimiser(phase)
 
     def _new_optimiser(self, phase: Phase) -> torch.optim.AdamW:
-        return torch.optim.AdamW(self.parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=phase.weight_decay)
+        return torch.optim.AdamW(
+            self.parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=phase.weight_decay, foreach=self._foreach()
+        )
+
+    def _foreach(self) -> bool | None:
+        """Torch's own choice; with parameters in shares beside whole ones they must be updated one by one."""
+        return False if any(in_shares(value) for value in self.parameters) else None
 
     def _take(self, phase: Phase, at: int) -> None:
         began = time.perf_counter()
@@ -230,9 +241,9 @@ class Loop:
         self.optimiser.zero_grad(set_to_none=True)
         step.loss.backward()
         average_gradients(self.parameters)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        norm = clip(self.parameters, self.config.clip)
         self.optimiser.step()
-        return float(norm)
+        return norm
 
     def _log(self, values: Mapping[str, float]) -> None:
         self.curves += [(self.step, name, value) for name, value in values.items()]
@@ -261,8 +272,7 @@ class Loop:
             self.ctx.tracker.metrics(self.meter.figures(), step=self.step)
 
     def _save(self) -> None:
-        if rank() > 0:
-            return
+        """All processes put the tensors together; the first writes them."""
         assert self.optimiser is not None
         tensors, facts = optimiser_tensors("optimiser", self.optimiser)
         tensors |= module_tensors("model", self.model) | {"random": generator_tensor(self.random)}
@@ -270,12 +280,15 @@ class Loop:
         parts: dict[str, Mapping[str, Tensor]] = {name: keeper.state() for name, keeper in self.keepers.items()}
         for name, state in {**parts, "phase": phase.state()}.items():
             tensors |= {f"{name}.{key}": value for key, value in state.items()}
-        self.checkpoints.save(self.step, tensors, {"optimiser": facts, "curves": self.curves, "stopped": self.stopped})
+        tensors = whole_state(tensors)
+        if rank() == 0:
+            told_too = {"optimiser": facts, "curves": self.curves, "stopped": self.stopped}
+            self.checkpoints.save(self.step, tensors, told_too)
 
     def _restore(self, saved: Checkpoint) -> None:
         self.step, self.curves = saved.step, [tuple(row) for row in saved.facts["curves"]]
         self.stopped = saved.facts["stopped"]
-        load_module("model", self.model, saved.tensors)
+        load_whole(self.model, _under("model", saved.tensors))
         self.random.set_state(saved.tensors["random"])
         for name, keeper in self.keepers.items():
             keeper.load(_under(name, saved.tensors))
@@ -283,7 +296,27 @@ class Loop:
         if at:
             phase.load(_under("phase", saved.tensors))
         self.optimiser = self._new_optimiser(phase)
-        load_optimiser("optimiser", self.optimiser, saved.tensors, saved.facts["optimiser"])
+        load_optimiser("optimiser", self.optimiser, self._moments_as_kept(saved.tensors), saved.facts["optimiser"])
+        for group in self.optimiser.param_groups:
+            group["foreach"] = self._foreach()
+
+    def _moments_as_kept(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The optimiser's state of a checkpoint, each tensor in this process's share of its parameter."""
+        found = {}
+        for name, value in tensors.items():
+            group, _, key = name.partition(".")
+            if group == "optimiser":
+                parameter = self.parameters[int(key.partition(".")[0])]
+                found[name] = as_kept(value, parameter) if value.shape == parameter.shape else value
+        return found
+
+    def _check_together(self, step: int) -> None:
+        everyone = means({"step": float(step)})["step"]
+        if everyone != step:
+            raise TrainingError(
+                f"{self.name}: this process goes on from step {step}, the others from {everyone:g} on average. "
+                "The output folder must be one that all machines see."
+            )
 
 
 class Meter:

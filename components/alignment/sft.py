@@ -19,6 +19,7 @@ from torch import Tensor
 
 from couturier.components.alignment.batches import WindowSampler, picture_codes
 from couturier.components.alignment.loop import Loop, LoopConfig, Phase, Step
+from couturier.components.alignment.sharding import spread
 from couturier.components.data.formats import Catalogue, Windows
 from couturier.components.errors import ConfigError
 from couturier.components.generator.codec import load_codec
@@ -59,6 +60,8 @@ class Config:
     checkpoint_every: int = 100
     valid_every: int = 50
     valid_windows: int = 128
+    strategy: str = "ddp"
+    """How several processes hold the model: "ddp", each a copy, or "fsdp", each a share of every layer."""
 
     @property
     def history(self) -> int:
@@ -72,6 +75,7 @@ def run(ctx: StageContext) -> None:
     with threads(config.threads):
         learner = _Learner(ctx, config)
         generator = learner.generator
+        spread(generator, config.strategy)
         parameters = generator.parameters_to_train()
         loop = Loop(
             ctx,
@@ -83,11 +87,10 @@ def run(ctx: StageContext) -> None:
             LoopConfig(clip=config.clip, checkpoint_every=config.checkpoint_every),
         )
         loop.run()
-        if rank() > 0:
-            return
         generator.eval().save(ctx.out / "model")
         ctx.facts.update(learner.validate())
-    loop.save_curves(ctx.out)
+    if rank() == 0:
+        loop.save_curves(ctx.out)
     ctx.facts["parameters"] = sum(p.numel() for p in parameters)
 
 

@@ -38,6 +38,7 @@ from couturier.components.generator.preference import DecoupledAttention, PairRe
 from couturier.components.generator.sampler import SamplerSettings
 from couturier.components.generator.types import DiffusionConfig, PreferenceConfig
 from couturier.components.runtime import global_seed, seeded
+from couturier.components.together import rank
 
 
 class DiffusionGenerator(Denoiser):
@@ -236,7 +237,9 @@ class DiffusionGenerator(Denoiser):
         return self.pairs(self.features_IF[preferred_UP.clamp_min(0)], self.features_IF[other_UP.clamp_min(0)], real)
 
     def save(self, folder: Path) -> None:
-        """Weights and tables in safetensors, the configs in ``generator.json``."""
+        """Weights and tables in safetensors, the configs in ``generator.json``, written by the first process."""
+        if rank() > 0:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
         tables = {"features_IF": self.features_IF, "codebook_KD": self.codebook_KD, "popular_I": self.popular_I}

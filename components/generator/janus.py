@@ -38,6 +38,7 @@ from couturier.components.generator.prompt import (
 )
 from couturier.components.generator.sampler import SamplerSettings, sample_codes
 from couturier.components.runtime import global_seed
+from couturier.components.together import gathered, rank, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +169,17 @@ class JanusGenerator(nn.Module):
     def codebook_size(self) -> int:
         return self.model.model.generation_embeddings.num_embeddings
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        """Of the language model."""
+        return self.model.model.language_model.layers
+
+    def blank(self) -> JanusGenerator:
+        """A generator of the same shape; its weights are to be loaded."""
+        model = JanusForConditionalGeneration(self.model.config)
+        _drop_codec(model)
+        return JanusGenerator(model, self.prompts, self.features_ITF, codes=self.codes_per_picture)
+
     def parameters_to_train(self) -> list[nn.Parameter]:
         """Language model, aligners, generation embedding and head; the tower, the text head and the codec stay."""
         unused = {id(p) for p in self.model.lm_head.parameters()}
@@ -271,14 +283,19 @@ class JanusGenerator(nn.Module):
         settings = SamplerSettings(
             guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, spread=spread, compile=compile
         )
-        return sample_codes(self, self.prompts.build(favourites_UK), n, seeds=seeds, settings=settings)
+        with gathered(self):
+            return sample_codes(self, self.prompts.build(favourites_UK), n, seeds=seeds, settings=settings)
 
     def save(self, folder: Path) -> None:
-        """Config, weights (safetensors, codec not included), tokenizer, prompt facts and catalogue features."""
+        """Config, weights (safetensors, codec not included), tokenizer, prompt facts and catalogue features.
+
+        Of several processes all call it, and the first writes."""
+        # The text head shares the text embedding: saved once, tied again on loading.
+        state = {k: whole(v).contiguous() for k, v in self.model.state_dict().items() if k != "lm_head.weight"}
+        if rank() > 0:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         self.model.config.save_pretrained(folder)
-        # The text head shares the text embedding: saved once, tied again on loading.
-        state = {k: v.contiguous() for k, v in self.model.state_dict().items() if k != "lm_head.weight"}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         save_file({"features_ITF": self.features_ITF}, folder / "features.safetensors")
         self.prompts.save(folder)

@@ -17,17 +17,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
-import typing
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
-from torch import distributed
 
 from couturier.components.data.formats import Catalogue
 from couturier.components.errors import ConfigError, CouturierError, DataError
@@ -37,46 +32,10 @@ from couturier.components.interest.items import Content
 from couturier.components.interest.judge import save_judge
 from couturier.components.interest.log import Log
 from couturier.components.interest.log_fit import LogFit, LogFitConfig, fit_log
-from couturier.components.together import rank, world
+from couturier.components.settings import settings_of
+from couturier.components.together import processes, rank, world
 
-T = TypeVar("T")
 _VOCABULARY = 2048
-
-
-@contextmanager
-def processes() -> Iterator[None]:
-    """Join the other processes that ``torchrun`` started, for the length of a block; nothing to do alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield
-        return
-    distributed.init_process_group("gloo")
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
-
-
-def settings_of(of: type[T], values: Mapping[str, Any], *, within: str = "") -> T:
-    """A frozen config out of plain values as JSON has them; what is not named keeps its default.
-
-    Raises:
-        ConfigError: a name that the config lacks, or a value where a group belongs.
-
-    Example:
-        >>> settings_of(LogFitConfig, {"steps": 7, "attention": {"heads": 2}}).attention.heads
-        2
-    """
-    hints, known = typing.get_type_hints(of), {field.name for field in dataclasses.fields(of)}  # type: ignore[arg-type]
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if name not in known:
-            raise ConfigError(f"setting {within}{name} does not exist; choose among {', '.join(sorted(known))}.")
-        group = dataclasses.is_dataclass(hints[name])
-        if group != isinstance(value, Mapping):
-            wanted = "a group of settings" if group else "one value"
-            raise ConfigError(f"setting {within}{name} is {value!r}, wanted {wanted}.")
-        found[name] = settings_of(hints[name], value, within=f"{within}{name}.") if group else value
-    return of(**found)
 
 
 def run(log: Log, content: Content, config: LogFitConfig, out: Path) -> LogFit:

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from couturier.components.errors import ConfigError
 from couturier.components.files import read_json, write_json
-from couturier.components.interest.distributed_fit import main, settings_of
+from couturier.components.interest.distributed_fit import main
 from couturier.components.interest.judge import load_judge
 from couturier.components.interest.log_fit import LogFitConfig
+from couturier.components.settings import settings_of
 from couturier.components.together import mean_over
 
 from .worlds.base import planted_log
