@@ -28,7 +28,7 @@ from couturier.components.alignment.scene import Scene
 from couturier.components.alignment.sharding import frozen_copy, load_whole
 from couturier.components.alignment.watch import Watch
 from couturier.components.errors import ConfigError
-from couturier.components.generator.janus import JanusGenerator
+from couturier.components.generator.language import LanguageGenerator
 from couturier.components.generator.prompt import Prompts
 from couturier.components.together import everyones, mean_over, means, share
 
@@ -124,7 +124,7 @@ class Grpo:
     def __init__(self, scene: Scene, config: GrpoConfig, watch: Watch, *, look_every: int) -> None:
         self.scene, self.config, self.watch = scene, config, watch
         self.steps, self.look_every = config.steps, look_every
-        self.reference: JanusGenerator | None = None
+        self.reference: LanguageGenerator | None = None
         self.batch: _Batch | None = None
 
     def begin(self) -> None:
@@ -209,7 +209,7 @@ class Grpo:
             values=dict(sorted((scene.describe(rollout, reward_Un, terms) | shares).items())),
         )
 
-    def _logits(self, policy: JanusGenerator, prompts: Prompts, batch: _Batch) -> Tensor:
+    def _logits(self, policy: LanguageGenerator, prompts: Prompts, batch: _Batch) -> Tensor:
         """Logits ``[U, n, L, K]`` of the distribution that was sampled from, at temperature 1."""
         logits = policy.logits(prompts, batch.codes_UnL).float()
         if self.config.guidance == 1:
@@ -253,8 +253,9 @@ class Grpo:
 
 def _log_prob(logits_UnLK: Tensor, codes_UnL: Tensor) -> Tensor:
     """Log-probability of each code ``[U, n, L]``."""
-    flat = F.cross_entropy(logits_UnLK.flatten(0, -2), codes_UnL.flatten(), reduction="none")
-    return -flat.view(codes_UnL.shape)
+    codes = codes_UnL.flatten().to(logits_UnLK.device)
+    flat = F.cross_entropy(logits_UnLK.flatten(0, -2), codes, reduction="none")
+    return -flat.view(codes_UnL.shape).to(codes_UnL.device)
 
 
 def _entropy(logits_UnLK: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from couturier.components.data.formats import Catalogue, Windows
 from couturier.components.data.reuse import REUSE
 from couturier.components.errors import ConfigError
 from couturier.components.generator.codec import load_codec
-from couturier.components.generator.janus import JanusGenerator
+from couturier.components.generator.language import LanguageGenerator
 from couturier.components.generator.types import load_generator
 from couturier.components.interest.judge import history_batch, load_judge
 from couturier.components.lineage.stages import StageContext
@@ -78,13 +78,13 @@ class Scene:
         self.sampler = WindowSampler(self.train, self.random, targets=1)
 
     @property
-    def janus(self) -> JanusGenerator:
+    def janus(self) -> LanguageGenerator:
         """The policy, for methods that need the probability of each code.
 
         Raises:
             ConfigError: it is of another family.
         """
-        if not isinstance(self.policy, JanusGenerator):
+        if not isinstance(self.policy, LanguageGenerator):
             raise ConfigError(
                 "this rl.method needs a generator that writes codes one by one, and sft trained a diffusion model. "
                 "Choose rl.method=ppd, or set sft.generator.family=janus."

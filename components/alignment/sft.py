@@ -24,11 +24,12 @@ from couturier.components.data.formats import Catalogue, Windows
 from couturier.components.errors import ConfigError
 from couturier.components.generator.codec import load_codec
 from couturier.components.generator.janus import GeneratorConfig, JanusGenerator
+from couturier.components.generator.published import check_settings, tell_memory
 from couturier.components.generator.tokenise import load_eyes, one_cycle
 from couturier.components.generator.types import FAMILIES, DiffusionConfig
 from couturier.components.lineage.stages import StageContext
 from couturier.components.runtime import seeded, threads
-from couturier.components.together import rank, share
+from couturier.components.together import rank, share, world
 
 if TYPE_CHECKING:
     from couturier.components.generator.diffusion import DiffusionGenerator
@@ -103,7 +104,11 @@ def build_generator(config: Config, ctx: StageContext, catalogue: Catalogue) -> 
     chosen, tokenise = config.generator, ctx.inputs["tokenise"]
     if chosen.family not in FAMILIES:
         raise ConfigError(f"sft.generator.family is {chosen.family!r}; choose one of {', '.join(FAMILIES)}.")
+    check_settings(chosen)
     if chosen.family == "janus" and chosen.base:
+        kept = {"windows": config.batch, "targets": config.targets, "items": len(catalogue)}
+        needed = tell_memory(chosen, kept | {"shares": world() if config.strategy == "fsdp" else 1})
+        ctx.tracker.params({"memory_estimate_bytes": needed.total})
         return JanusGenerator.published(chosen, catalogue)
     if chosen.base:
         raise ConfigError(

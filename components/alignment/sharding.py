@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from couturier.components.errors import ConfigError
-from couturier.components.generator.janus import JanusGenerator
+from couturier.components.generator.language import LanguageGenerator
 from couturier.components.together import agree, as_kept, in_shares, rank, whole, world
 
 STRATEGIES = ("ddp", "fsdp")
@@ -37,7 +37,7 @@ def spread(generator: nn.Module, strategy: str) -> None:
     agree([*generator.parameters(), *generator.buffers()])
     if strategy == "ddp" or world() == 1:
         return
-    if not isinstance(generator, JanusGenerator):
+    if not isinstance(generator, LanguageGenerator):
         raise ConfigError(
             f"strategy is 'fsdp', which shares out a language model's layers; a {type(generator).__name__} has none. "
             "Use 'ddp'."
@@ -82,7 +82,7 @@ def load_whole(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     module.load_state_dict({key: as_kept(value, own[key]) if key in own else value for key, value in tensors.items()})
 
 
-def frozen_copy(policy: JanusGenerator) -> JanusGenerator:
+def frozen_copy(policy: LanguageGenerator) -> LanguageGenerator:
     """The policy as it is now, to be compared with later: it learns nothing, and what the policy never learns is not
     copied but the same memory."""
     if not any(in_shares(value) for value in policy.parameters()):

@@ -52,6 +52,8 @@ class Decoder:
     """Hidden state ``[..., D]`` → logits ``[..., K]``."""
     embed: Callable[[Tensor], Tensor]
     """Tokens or codes ``[...]`` → embeddings ``[..., D]``."""
+    mark: Callable[[int], Tensor | None] = lambda at: None
+    """What is read after the token drawn at a place and before the next, ``[D]``; None where nothing is."""
 
 
 @dataclass(frozen=True, kw_only=True)

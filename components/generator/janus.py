@@ -9,8 +9,10 @@ Legend: U users (prompts), n pictures a user, L codes a picture, K codebook entr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
-    AutoTokenizer,
     JanusConfig,
     JanusForConditionalGeneration,
     JanusVisionModel,
@@ -26,8 +27,9 @@ from transformers import (
 )
 
 from couturier.components.data.formats import Catalogue
-from couturier.components.errors import ConfigError, LineageError
+from couturier.components.errors import LineageError
 from couturier.components.files import read_json, write_json
+from couturier.components.generator.language import LanguageGenerator
 from couturier.components.generator.prompt import (
     PICTURE,
     PromptBuilder,
@@ -36,9 +38,9 @@ from couturier.components.generator.prompt import (
     id_of,
     word_tokenizer,
 )
-from couturier.components.generator.sampler import SamplerSettings, sample_codes
+from couturier.components.generator.published import load_adapter, open_published, prepare, save_weights
 from couturier.components.runtime import global_seed
-from couturier.components.together import gathered, rank, whole
+from couturier.components.together import rank, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +48,22 @@ class GeneratorConfig:
     """Which any-to-any model learns."""
 
     family: str = "janus"
-    """"janus", or "diffusion": then the settings beside these, ``sft.diffusion``, say what is built."""
+    """"janus", "emu3" (always published), or "diffusion": then ``sft.diffusion`` beside these says what is built."""
     base: str = ""
-    """A hub name or folder of a Janus model; empty: a tiny one from the fields below."""
+    """A hub name or folder of a published Janus or Emu3 in transformers' layout; empty: a tiny Janus from the fields
+    ``width`` to ``ffn``."""
+    dtype: str = "float32"
+    """Of a published model: "bfloat16" holds frozen weights, and makes products, in that type."""
+    lora_rank: int = 0
+    """Of a published model: 0 learns every weight; else adapters of that rank learn, beside frozen weights."""
+    lora_alpha: float = 32.0
+    """Adapters count alpha / rank."""
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Projections of the language model that get adapters."""
+    lora_save: str = "adapter"
+    """"adapter" saves the adapters and the base's name (small; alignment goes on with them); "merged" a whole model."""
+    checkpointing: bool = False
+    """Work layers out again for the gradient instead of keeping them: a third more time, far less memory."""
     width: int = 128
     layers: int = 4
     heads: int = 4
@@ -59,7 +74,7 @@ class GeneratorConfig:
     """Text tokens an item may take (phrases with the tiny tokenizer)."""
 
 
-class JanusGenerator(nn.Module):
+class JanusGenerator(LanguageGenerator):
     """A Janus model, its prompt builder and the understanding features of the catalogue.
 
     Build one with :meth:`tiny`, :meth:`published` or :meth:`load`.
@@ -68,10 +83,18 @@ class JanusGenerator(nn.Module):
     features_ITF: Tensor
 
     def __init__(
-        self, model: JanusForConditionalGeneration, prompts: PromptBuilder, features_ITF: Tensor, *, codes: int
+        self,
+        model: JanusForConditionalGeneration,
+        prompts: PromptBuilder,
+        features_ITF: Tensor,
+        *,
+        codes: int,
+        source: GeneratorConfig | None = None,
     ) -> None:
         super().__init__()
         self.model, self.prompts, self.codes_per_picture = model, prompts, codes
+        self.source = source or GeneratorConfig()
+        self.product_dtype = self.source.dtype
         self.register_buffer("features_ITF", features_ITF, persistent=False)
 
     @classmethod
@@ -142,14 +165,7 @@ class JanusGenerator(nn.Module):
     def published(cls, config: GeneratorConfig, catalogue: Catalogue) -> JanusGenerator:
         """A published Janus from a hub name or a folder in the published layout; its codec is loaded apart
         (:class:`~couturier.components.generator.janus_codec.JanusCodec`)."""
-        try:
-            model = JanusForConditionalGeneration.from_pretrained(config.base)
-            tokenizer = AutoTokenizer.from_pretrained(config.base)
-        except OSError as error:
-            raise ConfigError(
-                f"sft.generator.base is {config.base!r}, which is neither a folder with a Janus model nor a reachable "
-                f"hub name ({str(error).splitlines()[0]}). Give a folder, or leave it empty for the tiny model."
-            ) from error
+        model, tokenizer = open_published(JanusForConditionalGeneration, config)
         vision, vq = model.model.vision_model.config, model.model.vqmodel.config
         _drop_codec(model)
         prompts = PromptBuilder(
@@ -159,7 +175,8 @@ class JanusGenerator(nn.Module):
             history=config.history,
             max_words=config.max_words,
         )
-        return cls(model, prompts, _understand(model, catalogue), codes=vq.num_patches**2).freeze_eyes()
+        generator = cls(model, prompts, _understand(model, catalogue), codes=vq.num_patches**2, source=config)
+        return generator.freeze_eyes()
 
     def freeze_eyes(self) -> JanusGenerator:
         self.model.model.vision_model.requires_grad_(False)
@@ -170,15 +187,21 @@ class JanusGenerator(nn.Module):
         return self.model.model.generation_embeddings.num_embeddings
 
     @property
-    def layers(self) -> nn.ModuleList:
-        """Of the language model."""
-        return self.model.model.language_model.layers
+    def lm(self) -> nn.Module:
+        """The language model."""
+        return self.model.model.language_model
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states ``[..., D]`` → logits of the next code ``[..., K]``."""
+        return self.model.model.generation_head(hidden)
 
     def blank(self) -> JanusGenerator:
         """A generator of the same shape; its weights are to be loaded."""
         model = JanusForConditionalGeneration(self.model.config)
         _drop_codec(model)
-        return JanusGenerator(model, self.prompts, self.features_ITF, codes=self.codes_per_picture)
+        prepare(model, self.source)
+        features, codes = self.features_ITF, self.codes_per_picture
+        return JanusGenerator(model, self.prompts, features, codes=codes, source=self.source)
 
     def parameters_to_train(self) -> list[nn.Parameter]:
         """Language model, aligners, generation embedding and head; the tower, the text head and the codec stay."""
@@ -205,89 +228,8 @@ class JanusGenerator(nn.Module):
         """Codes ``[...]`` → generation embeddings ``[..., D]``."""
         return self.model.prepare_embeddings_for_image_generation(codes)
 
-    def logits(self, prompts: Prompts, codes_UnL: Tensor) -> Tensor:
-        """Teacher-forced logits ``[U, n, L, K]`` of ``n`` pictures a user in one packed pass.
-
-        The prompt is computed once; each picture's codes attend to it and to themselves, never to another picture.
-        """
-        u, n, length = codes_UnL.shape
-        prefix_UPD = self.embed_prompt(prompts)
-        p, own = prefix_UPD.shape[1], length - 1
-        codes_UND = self.embed_codes(codes_UnL[:, :, :-1]).flatten(1, 2)
-        x = torch.cat([prefix_UPD, codes_UND], 1)
-        keep = _packed_mask(prompts.mask_UP, n, own)
-        last_U1 = prompts.position_UP[:, -1:]
-        positions = torch.cat([prompts.position_UP, last_U1 + 1 + torch.arange(own).repeat(n)], 1)
-        bias = torch.zeros(keep.shape, dtype=x.dtype).masked_fill(~keep, torch.finfo(x.dtype).min)
-        hidden = self.model.model.language_model(
-            inputs_embeds=x, attention_mask=bias[:, None], position_ids=positions, use_cache=False
-        ).last_hidden_state
-        first_UnD = hidden[:, p - 1, None].expand(-1, n, -1)
-        rest_UnLD = hidden[:, p:].unflatten(1, (n, own))
-        out = torch.cat([first_UnD[:, :, None], rest_UnLD], 2)
-        return self.model.model.generation_head(out)
-
-    def log_prob(self, prompts: Prompts, codes_UnL: Tensor) -> Tensor:
-        """Log-probability of every code, float32 ``[U, n, L]``."""
-        logits = self.logits(prompts, codes_UnL).float()
-        return -F.cross_entropy(logits.flatten(0, -2), codes_UnL.flatten(), reduction="none").view(codes_UnL.shape)
-
-    def loss(
-        self, favourites_UK: np.ndarray | Tensor, codes_UnL: Tensor, *, keep_U: Tensor, random: torch.Generator
-    ) -> tuple[Tensor, int]:
-        """Nats a code, mean over all, and how many tokens were read. Where ``keep_U`` is False the prompt has no
-        condition. Nothing is random here: ``random`` is what a diffusion generator draws its noise from."""
-        prompts = self.prompts.build(favourites_UK)
-        prompts = prompts.where(keep_U, prompts.unconditional(self.prompts.pad_id))
-        u, n, length = codes_UnL.shape
-        return -self.log_prob(prompts, codes_UnL).mean(), prompts.ids_UP.numel() + u * n * (length - 1)
-
-    @torch.no_grad()
-    def nats(self, favourites_UK: np.ndarray | Tensor, codes_UnL: Tensor, *, unconditional: bool = False) -> Tensor:
-        """Nats a picture ``[U, n]`` of codes ``[U, n, L]`` after each history (or with no condition)."""
-        prompts = self.prompts.build(favourites_UK)
-        if unconditional:
-            prompts = prompts.unconditional(self.prompts.pad_id)
-        return -self.log_prob(prompts, codes_UnL).sum(-1)
-
-    def nll(self, favourites_UK: np.ndarray | Tensor, codes_UL: Tensor, *, unconditional: bool = False) -> Tensor:
-        """Nats a picture ``[U]``; see :meth:`nats`."""
-        return self.nats(favourites_UK, codes_UL[:, None], unconditional=unconditional)[:, 0]
-
-    @torch.no_grad()
-    def sample(
-        self,
-        favourites_UK: np.ndarray | Tensor,
-        n: int,
-        *,
-        seeds: list[int],
-        guidance: float = 1.0,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        spread: bool = True,
-        compile: bool = False,
-    ) -> Tensor:
-        """Draw ``n`` pictures a user: codes int64 ``[U, n, L]``.
-
-        Args:
-            favourites_UK: item indices of each history, -1 for none.
-            seeds: one a user; a user's random numbers depend on that seed alone, whatever else is in the batch.
-            guidance: 1 is plain conditional sampling, 0 unconditional, above 1 leans on the history (1.5).
-            temperature: 0 takes the likeliest code each time.
-            top_k, top_p: keep the likeliest codes only (0 and 1: keep all).
-            spread: a user's samples are spread evenly over the distribution, so that they repeat each other less; each
-                alone is distributed as independent ones are.
-            compile: let ``torch.compile`` make the step; the codes stay the same.
-        """
-        settings = SamplerSettings(
-            guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, spread=spread, compile=compile
-        )
-        with gathered(self):
-            return sample_codes(self, self.prompts.build(favourites_UK), n, seeds=seeds, settings=settings)
-
     def save(self, folder: Path) -> None:
-        """Config, weights (safetensors, codec not included), tokenizer, prompt facts and catalogue features.
+        """Config, weights or adapters (safetensors, codec not included), tokenizer, prompt facts, catalogue features.
 
         Of several processes all call it, and the first writes."""
         # The text head shares the text embedding: saved once, tied again on loading.
@@ -296,10 +238,11 @@ class JanusGenerator(nn.Module):
             return
         folder.mkdir(parents=True, exist_ok=True)
         self.model.config.save_pretrained(folder)
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        save_file({"features_ITF": self.features_ITF}, folder / "features.safetensors")
+        kept = save_weights(state, self.source, folder)
+        save_file({"features_ITF": self.features_ITF.cpu()}, folder / "features.safetensors")
         self.prompts.save(folder)
-        write_json(folder / "generator.json", {"kind": "janus", "codes_per_picture": self.codes_per_picture})
+        facts = {"kind": "janus", "codes_per_picture": self.codes_per_picture, "source": asdict(kept)}
+        write_json(folder / "generator.json", facts)
 
     @classmethod
     def load(cls, folder: Path) -> JanusGenerator:
@@ -307,17 +250,31 @@ class JanusGenerator(nn.Module):
 
         Raises:
             LineageError: the folder holds none.
+            ConfigError: it holds adapters, and the base that they belong to is not where it was.
         """
         if not (folder / "generator.json").exists():
             raise LineageError(f"{folder} holds no generator.json. Run `couturier retrain` to train a generator.")
-        model = JanusForConditionalGeneration(JanusConfig.from_pretrained(folder))
-        _drop_codec(model)
-        state = load_file(folder / "model.safetensors")
-        model.load_state_dict(state | {"lm_head.weight": state["model.language_model.embed_tokens.weight"]})
+        facts = read_json(folder / "generator.json")
+        source = source_of(facts)
+        if source.lora_rank:
+            model, _ = open_published(JanusForConditionalGeneration, source)
+            _drop_codec(model)
+            load_adapter(model, folder)
+        else:
+            model = JanusForConditionalGeneration(JanusConfig.from_pretrained(folder))
+            _drop_codec(model)
+            state = load_file(folder / "model.safetensors")
+            model.load_state_dict(state | {"lm_head.weight": state["model.language_model.embed_tokens.weight"]})
+            prepare(model, source)
         prompts = PromptBuilder.load(folder, PreTrainedTokenizerFast.from_pretrained(folder))
         features = load_file(folder / "features.safetensors")["features_ITF"]
-        codes = read_json(folder / "generator.json")["codes_per_picture"]
-        return cls(model, prompts, features, codes=codes).freeze_eyes().eval()
+        return cls(model, prompts, features, codes=facts["codes_per_picture"], source=source).freeze_eyes().eval()
+
+
+def source_of(facts: Mapping[str, Any]) -> GeneratorConfig:
+    """The settings kept in ``generator.json``; those of a folder from before they were kept are the defaults."""
+    kept = dict(facts.get("source", {}))
+    return GeneratorConfig(**kept | {"lora_targets": tuple(kept["lora_targets"])} if kept else {})
 
 
 def _drop_codec(model: JanusForConditionalGeneration) -> None:
@@ -341,24 +298,12 @@ def _spread(model: JanusForConditionalGeneration) -> None:
             out.weight.mul_((2 * len(janus.language_model.layers)) ** -0.5)
 
 
-def _packed_mask(prompt_mask_UP: Tensor, n: int, own: int) -> Tensor:
-    """Who may look at whom, bool ``[U, S, S]`` with S = P + n * own: the prompt causally, each picture at the prompt
-    and causally at itself. Padding sees itself only, so that no row of the softmax is empty."""
-    u, p = prompt_mask_UP.shape
-    size = p + n * own
-    causal = torch.ones(size, size, dtype=torch.bool).tril()
-    block = torch.cat([torch.full((p,), -1), torch.arange(n).repeat_interleave(own)])
-    same_or_prompt = (block[:, None] == block[None]) | (block[None] == -1)
-    real = torch.cat([prompt_mask_UP, prompt_mask_UP.new_ones(u, n * own)], 1)
-    return ((causal & same_or_prompt)[None] & real[:, None]) | torch.eye(size, dtype=torch.bool)[None]
-
-
 @torch.no_grad()
 def _understand(model: JanusForConditionalGeneration, catalogue: Catalogue, batch: int = 256) -> Tensor:
     """Understanding features of every catalogue picture before the aligner, ``[I, tokens, F]``."""
     tower = model.model.vision_model.eval()
     parts = [
-        tower(to_tower(catalogue.rgb_IHWC[i : i + batch], tower.config.image_size)).last_hidden_state
+        tower(to_tower(catalogue.rgb_IHWC[i : i + batch], tower.config.image_size).to(tower.dtype)).last_hidden_state
         for i in range(0, len(catalogue), batch)
     ]
     return torch.cat(parts)

@@ -82,6 +82,10 @@ class Prompts:
             position_UP=self.position_UP,
         )
 
+    def to(self, device: torch.device) -> Prompts:
+        """The same on another device."""
+        return Prompts(**{name: value.to(device) for name, value in vars(self).items()})
+
     def rows(self, some: slice) -> Prompts:
         """Some of the prompts."""
         return Prompts(**{name: value[some] for name, value in vars(self).items()})
@@ -97,6 +101,19 @@ class Prompts:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Marks:
+    """What stands around pictures in a family's prompts, as text that its tokenizer knows."""
+
+    placeholder: str = PICTURE
+    """Stands where a history picture's tokens go."""
+    before: str = ""
+    """A history picture's tokens."""
+    after: str = ""
+    end: str = BEGIN_OF_IMAGE
+    """Of the prompt: what follows is a picture."""
+
+
 class PromptBuilder:
     """Turns histories (item indices) into :class:`Prompts`.
 
@@ -106,6 +123,7 @@ class PromptBuilder:
         picture_tokens: placeholder tokens a history picture takes.
         history: items of a history that are shown, the first ones given.
         max_words: tokens an item's words may take; the rest is cut.
+        marks: what stands around pictures; Janus' own if none are given.
     """
 
     def __init__(
@@ -116,20 +134,23 @@ class PromptBuilder:
         picture_tokens: int,
         history: int,
         max_words: int,
+        marks: Marks | None = None,
     ) -> None:
-        self.tokenizer, self.lines = tokenizer, list(lines)
+        self.tokenizer, self.lines, self.marks = tokenizer, list(lines), marks or Marks()
         self.picture_tokens, self.history, self.max_words = picture_tokens, history, max_words
-        self.picture_id = id_of(tokenizer, PICTURE)
+        self.picture_id = id_of(tokenizer, self.marks.placeholder)
         self.pad_id = int(tokenizer.pad_token_id)
         words = tokenizer(self.lines, add_special_tokens=False)["input_ids"] if lines else []
-        slots = [[self.picture_id] * picture_tokens + ids[:max_words] for ids in words]
+        before, after = (_ids_of(tokenizer, text) if text else [] for text in (self.marks.before, self.marks.after))
+        slots = [[*before, *[self.picture_id] * picture_tokens, *after, *ids[:max_words]] for ids in words]
         self._length_I = np.array([len(slot) for slot in slots], np.int64)
         width = max(self._length_I, default=1)
         self._slot_IT = np.full((len(slots), width), self.pad_id, np.int64)
         for row, slot in zip(self._slot_IT, slots, strict=True):
             row[: len(slot)] = slot
         self._head = [int(tokenizer.bos_token_id), *_ids_of(tokenizer, USER)]
-        self._tail = [*_ids_of(tokenizer, ASSISTANT), id_of(tokenizer, BEGIN_OF_IMAGE)]
+        end = _ids_of(tokenizer, self.marks.end) if self.marks.before else [id_of(tokenizer, self.marks.end)]
+        self._tail = [*_ids_of(tokenizer, ASSISTANT), *end]
 
     def build(self, favourites_UK: np.ndarray | Tensor) -> Prompts:
         """Histories int ``[U, K]`` (-1: nothing; the first ``history`` items are shown) → prompts.
@@ -170,12 +191,13 @@ class PromptBuilder:
     def save(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
         facts = {"picture_tokens": self.picture_tokens, "history": self.history, "max_words": self.max_words}
-        write_json(folder / "prompt.json", facts | {"lines": self.lines})
+        write_json(folder / "prompt.json", facts | {"lines": self.lines, "marks": vars(self.marks)})
 
     @classmethod
     def load(cls, folder: Path, tokenizer: PreTrainedTokenizerBase) -> PromptBuilder:
         facts = read_json(folder / "prompt.json")
-        return cls(tokenizer, facts.pop("lines"), **facts)
+        marks = Marks(**facts.pop("marks", {}))
+        return cls(tokenizer, facts.pop("lines"), marks=marks, **facts)
 
 
 def id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
@@ -186,7 +208,7 @@ def id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     """
     found = tokenizer.convert_tokens_to_ids(token)
     if not isinstance(found, int) or found == tokenizer.unk_token_id:
-        raise ConfigError(f"the tokenizer has no token {token!r}; the folder must hold a Janus tokenizer.")
+        raise ConfigError(f"the tokenizer has no token {token!r}; the folder must hold the tokenizer of that model.")
     return found
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +26,9 @@ from couturier.components.generator.decoding import Decoder, Decoding, Prefix
 from couturier.components.generator.prompt import Prompts
 
 if TYPE_CHECKING:
-    from couturier.components.generator.janus import JanusGenerator
+    from transformers import LlamaModel
+
+    from couturier.components.generator.language import LanguageGenerator
 
 # A row of samples shares one copy of its prompt's keys and values; longer rows would meet too many mates' keys.
 _MOST_IN_A_ROW = 16
@@ -34,7 +36,7 @@ _MOST_IN_A_ROW = 16
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerSettings:
-    """See :meth:`JanusGenerator.sample`."""
+    """See :meth:`LanguageGenerator.sample`."""
 
     guidance: float = 1.0
     temperature: float = 1.0
@@ -55,24 +57,25 @@ class SamplerSettings:
 
 @torch.no_grad()
 def sample_codes(
-    generator: JanusGenerator, prompts: Prompts, n: int, *, seeds: list[int], settings: SamplerSettings
+    generator: LanguageGenerator, prompts: Prompts, n: int, *, seeds: list[int], settings: SamplerSettings
 ) -> Tensor:
     """Codes int64 ``[U, n, L]`` for ``n`` samples of each prompt, on the model's device.
 
     Raises:
         ConfigError: ``n`` below one, or not one seed a user.
     """
-    length, janus = generator.codes_per_picture, generator.model.model
+    length = generator.codes_per_picture
     branches = [] if settings.guidance == 0 else [prompts]
     if settings.guidance != 1:
         branches.append(prompts.unconditional(generator.prompts.pad_id))
-    distinct, row_BU = _distinct(branches, janus.language_model.embed_tokens.weight.device)
+    distinct, row_BU = _distinct(branches, generator.device)
     prefix = Prefix(x_NPD=generator.embed_prompt(distinct), mask_NP=distinct.mask_UP, position_NP=distinct.position_UP)
     embed: Callable[[Tensor], Tensor] = generator.embed_codes
     if generator.codebook_size <= len(prompts.ids_UP) * n * (length - 1):
         table_KD = generator.embed_codes(torch.arange(generator.codebook_size, device=row_BU.device))
         embed = table_KD.__getitem__
-    decoder = Decoder(lm=janus.language_model, head=janus.generation_head, embed=embed)
+    lm = cast("LlamaModel", generator.lm)
+    decoder = Decoder(lm=lm, head=generator.head, embed=embed, mark=generator.embed_mark)
     return sample_tokens(decoder, prefix, row_BU, n, length=length, seeds=seeds, settings=settings)
 
 
@@ -117,7 +120,7 @@ def sample_tokens(
             prefix,
             row_BU.flatten().repeat_interleave(rows),
             samples=each,
-            steps=length - 1,
+            steps=length - 1 + sum(decoder.mark(t) is not None for t in range(length - 1)),
             compile=settings.compile,
         )
         logits = decoding.first_logits()[:, None].expand(-1, each, -1)
@@ -129,7 +132,10 @@ def sample_tokens(
             codes_UmL[:, :n, t] = _draw(mixed[:, :n].float(), points, settings)
             if t + 1 < length:
                 x_UmD = decoder.embed(codes_UmL[:, :, t])
-                logits = decoding.step(x_UmD.view(users * rows, each, -1).repeat(branches, 1, 1))
+                x_RnD = x_UmD.view(users * rows, each, -1).repeat(branches, 1, 1)
+                logits = decoding.step(x_RnD)
+                if (mark := decoder.mark(t)) is not None:
+                    logits = decoding.step(mark.expand_as(x_RnD))
     return codes_UmL[:, :n]
 
 
