@@ -25,7 +25,7 @@ from couturier.components.alignment.credit import CreditConfig, credited
 from couturier.components.alignment.loop import Step
 from couturier.components.alignment.rewards import advantages, score
 from couturier.components.alignment.scene import Scene
-from couturier.components.alignment.sharding import frozen_copy, load_whole
+from couturier.components.alignment.sharding import frozen_copy, learned_state, load_whole
 from couturier.components.alignment.watch import Watch
 from couturier.components.errors import ConfigError
 from couturier.components.generator.language import LanguageGenerator
@@ -225,7 +225,7 @@ class Grpo:
         """Where GRPO began, and the samples that further updates will learn from."""
         kept: dict[str, Tensor] = {}
         if self.reference is not None:
-            kept |= {f"reference.{name}": value for name, value in self.reference.state_dict().items()}
+            kept |= {f"reference.{name}": value for name, value in learned_state(self.reference).items()}
         if self.batch is not None and self.config.updates > 1:
             tensors = {name: value for name, value in vars(self.batch).items() if isinstance(value, Tensor)}
             tensors["rows"] = torch.from_numpy(self.batch.rows)

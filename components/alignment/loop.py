@@ -22,7 +22,7 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from couturier.components.alignment.sharding import clip, load_whole, whole_state
+from couturier.components.alignment.sharding import clip, learned_state, load_whole, whole_state
 from couturier.components.errors import TrainingError
 from couturier.components.files import write_json
 from couturier.components.lineage.checkpoints import (
@@ -30,7 +30,6 @@ from couturier.components.lineage.checkpoints import (
     Checkpoints,
     generator_tensor,
     load_optimiser,
-    module_tensors,
     optimiser_tensors,
 )
 from couturier.components.lineage.stages import StageContext
@@ -275,7 +274,8 @@ class Loop:
         """All processes put the tensors together; the first writes them."""
         assert self.optimiser is not None
         tensors, facts = optimiser_tensors("optimiser", self.optimiser)
-        tensors |= module_tensors("model", self.model) | {"random": generator_tensor(self.random)}
+        tensors |= {f"model.{name}": value for name, value in learned_state(self.model).items()}
+        tensors["random"] = generator_tensor(self.random)
         phase, _ = self._where()
         parts: dict[str, Mapping[str, Tensor]] = {name: keeper.state() for name, keeper in self.keepers.items()}
         for name, state in {**parts, "phase": phase.state()}.items():

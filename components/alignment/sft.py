@@ -24,6 +24,8 @@ from couturier.components.data.formats import Catalogue, Windows
 from couturier.components.errors import ConfigError
 from couturier.components.generator.codec import load_codec
 from couturier.components.generator.janus import GeneratorConfig, JanusGenerator
+from couturier.components.generator.language import LanguageGenerator
+from couturier.components.generator.memory import PUBLISHED
 from couturier.components.generator.published import check_settings, tell_memory
 from couturier.components.generator.tokenise import load_eyes, one_cycle
 from couturier.components.generator.types import FAMILIES, DiffusionConfig
@@ -95,27 +97,33 @@ def run(ctx: StageContext) -> None:
     ctx.facts["parameters"] = sum(p.numel() for p in parameters)
 
 
-def build_generator(config: Config, ctx: StageContext, catalogue: Catalogue) -> JanusGenerator | DiffusionGenerator:
-    """The model to fine-tune, of the chosen family, on this catalogue; a Janus is tiny or published.
+def build_generator(config: Config, ctx: StageContext, catalogue: Catalogue) -> LanguageGenerator | DiffusionGenerator:
+    """The model to fine-tune, of the chosen family, on this catalogue; a Janus is tiny or published, an Emu3
+    published.
 
     Raises:
-        ConfigError: no such family, or a diffusion model on the eyes of a published Janus.
+        ConfigError: no such family, settings that do not fit each other, or a model that does not fit into memory.
     """
     chosen, tokenise = config.generator, ctx.inputs["tokenise"]
     if chosen.family not in FAMILIES:
         raise ConfigError(f"sft.generator.family is {chosen.family!r}; choose one of {', '.join(FAMILIES)}.")
     check_settings(chosen)
-    if chosen.family == "janus" and chosen.base:
+    codes_IL = load_file(tokenise / "codes.safetensors")["codes_IL"]
+    if chosen.family in PUBLISHED and chosen.base:
         kept = {"windows": config.batch, "targets": config.targets, "items": len(catalogue)}
-        needed = tell_memory(chosen, kept | {"shares": world() if config.strategy == "fsdp" else 1})
+        kept["shares"] = world() if config.strategy == "fsdp" else 1
+        needed = tell_memory(chosen, kept, edge=round(codes_IL.shape[1] ** 0.5))
         ctx.tracker.params({"memory_estimate_bytes": needed.total})
+        if chosen.family == "emu3":
+            from couturier.components.generator.emu3 import Emu3Generator
+
+            return Emu3Generator.published(chosen, catalogue, codes_IL)
         return JanusGenerator.published(chosen, catalogue)
     if chosen.base:
         raise ConfigError(
             f"sft.generator.base is {chosen.base!r}, a Janus, but sft.generator.family is {chosen.family!r}. "
             "Leave the base empty (of tokenise, too), or set the family to janus."
         )
-    codes_IL = load_file(tokenise / "codes.safetensors")["codes_IL"]
     codec, eyes = load_codec(tokenise / "codec"), load_eyes(tokenise / "eyes")
     if chosen.family == "diffusion":
         from couturier.components.generator.diffusion import DiffusionGenerator

@@ -76,10 +76,20 @@ def whole_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def learned_state(module: nn.Module) -> dict[str, Tensor]:
+    """``state_dict`` without what a generator has from a published base and never learns."""
+    given = module.given() if isinstance(module, LanguageGenerator) else frozenset()
+    return {name: value for name, value in module.state_dict().items() if name not in given}
+
+
 def load_whole(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """``load_state_dict`` from whole tensors into a module that may be shared out."""
+    """``load_state_dict`` from whole tensors of :func:`learned_state`, into a module that may be shared out."""
     own = module.state_dict()
-    module.load_state_dict({key: as_kept(value, own[key]) if key in own else value for key, value in tensors.items()})
+    given = {name: value for name, value in own.items() if name not in tensors}
+    learned = {key: as_kept(value, own[key]) if key in own else value for key, value in tensors.items()}
+    if given and not (isinstance(module, LanguageGenerator) and module.given() >= given.keys()):
+        given = {}
+    module.load_state_dict(learned | given)
 
 
 def frozen_copy(policy: LanguageGenerator) -> LanguageGenerator:
@@ -90,6 +100,5 @@ def frozen_copy(policy: LanguageGenerator) -> LanguageGenerator:
         return copy.deepcopy(policy, fixed).requires_grad_(False).eval()
     twin = policy.blank().requires_grad_(False).eval()
     spread(twin, "fsdp")
-    state = {name: whole(value) for name, value in policy.state_dict().items()}
-    load_whole(twin, state)
+    load_whole(twin, {name: whole(value) for name, value in policy.state_dict().items()})
     return twin

@@ -200,7 +200,13 @@ def load_codec(folder: Path) -> Codec:
         from couturier.components.generator.janus_codec import JanusCodec
 
         return JanusCodec.load(folder)
-    raise LineageError(f"codec kind {facts['kind']!r} in {path} is unknown; known are 'patch_vq' and 'janus_vq'.")
+    if facts["kind"] == "emu3_vq":
+        from couturier.components.generator.emu3 import Emu3Codec
+
+        return Emu3Codec.load(folder)
+    raise LineageError(
+        f"codec kind {facts['kind']!r} in {path} is unknown; known are 'patch_vq', 'janus_vq' and 'emu3_vq'."
+    )
 
 
 def psnr_db(a_N3HW: Tensor, b_N3HW: Tensor) -> Tensor:

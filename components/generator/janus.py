@@ -1,7 +1,7 @@
 """The any-to-any model: transformers' Janus classes at any size, reading a person's history and drawing what is next.
 
-One code path serves a tiny model built from a config and a published one (``deepseek-ai/Janus-Pro-1B``) from a hub
-name or a folder. History pictures enter through the understanding encoder, words as text tokens; the target is the
+One code path serves a tiny model built from a config and a published one (``deepseek-community/Janus-Pro-1B``) from a
+hub name or a folder. History pictures enter through the understanding encoder, words as text tokens; the target is the
 code sequence of the next picture, predicted by the generation head (generation.md 1.3, 1.4).
 
 Legend: U users (prompts), n pictures a user, L codes a picture, K codebook entries, P prompt tokens, D width, I items.
@@ -38,7 +38,7 @@ from couturier.components.generator.prompt import (
     id_of,
     word_tokenizer,
 )
-from couturier.components.generator.published import load_adapter, open_published, prepare, save_weights
+from couturier.components.generator.published import given, load_adapter, open_published, prepare, save_weights
 from couturier.components.runtime import global_seed
 from couturier.components.together import rank, whole
 
@@ -194,6 +194,10 @@ class JanusGenerator(LanguageGenerator):
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states ``[..., D]`` → logits of the next code ``[..., K]``."""
         return self.model.model.generation_head(hidden)
+
+    def given(self) -> frozenset[str]:
+        """All but the adapters, where only they learn."""
+        return given(self, "model.") if self.source.lora_rank else frozenset()
 
     def blank(self) -> JanusGenerator:
         """A generator of the same shape; its weights are to be loaded."""

@@ -50,6 +50,10 @@ class LanguageGenerator(nn.Module, ABC):
     def parameters_to_train(self) -> list[nn.Parameter]:
         """Those that learn."""
 
+    def given(self) -> frozenset[str]:
+        """Names of the state that a published base gives and training never changes: nothing, unless adapters learn."""
+        return frozenset()
+
     @property
     def layers(self) -> nn.ModuleList:
         """Of the language model."""

@@ -30,6 +30,7 @@ import torch
 from couturier.components.errors import ConfigError, CouturierError
 
 BYTES = {"float32": 4, "bfloat16": 2}
+PUBLISHED = ("janus", "emu3")
 _WASTE = 1.1
 
 
@@ -142,6 +143,30 @@ def estimate(shape: Shape, work: Work) -> Memory:
     )
 
 
+def config_of(base: str) -> Any:
+    """``config.json`` of a published model; no weights are touched.
+
+    Raises:
+        ConfigError: nothing there, or a model of a family that is not known.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"sft.generator.base is {base!r}, which is neither a folder with a model nor a reachable hub name "
+            f"({str(error).splitlines()[0]}). Give a folder, or leave it empty for the tiny model."
+        ) from error
+    if config.model_type not in PUBLISHED:
+        raise ConfigError(
+            f"sft.generator.base {base!r} holds a model of type {config.model_type!r}; known are "
+            f"{', '.join(PUBLISHED)}, in the layout of transformers (their names end in -hf or begin with "
+            "deepseek-community)."
+        )
+    return config
+
+
 def shape_of(base: str, *, edge: int = 16) -> Shape:
     """Read off ``config.json`` of a hub name or a folder; no weights are touched.
 
@@ -151,22 +176,10 @@ def shape_of(base: str, *, edge: int = 16) -> Shape:
     Raises:
         ConfigError: nothing there, or a model of a family that is not known.
     """
-    from transformers import AutoConfig, Emu3ForConditionalGeneration, JanusForConditionalGeneration
+    from transformers import Emu3ForConditionalGeneration, JanusForConditionalGeneration
 
-    try:
-        config = AutoConfig.from_pretrained(base)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"sft.generator.base is {base!r}, which is neither a folder with a model nor a reachable hub name "
-            f"({str(error).splitlines()[0]}). Give a folder, or leave it empty for the tiny model."
-        ) from error
+    config = config_of(base)
     kinds: dict[str, Any] = {"janus": JanusForConditionalGeneration, "emu3": Emu3ForConditionalGeneration}
-    if config.model_type not in kinds:
-        raise ConfigError(
-            f"sft.generator.base {base!r} holds a model of type {config.model_type!r}; known are {', '.join(kinds)}. "
-            "Janus and Emu3 are read in the layout of transformers (names that end in -hf or stand under "
-            "deepseek-community)."
-        )
     with torch.device("meta"):
         model = kinds[config.model_type](config)
     text = config.text_config

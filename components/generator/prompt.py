@@ -152,6 +152,11 @@ class PromptBuilder:
         end = _ids_of(tokenizer, self.marks.end) if self.marks.before else [id_of(tokenizer, self.marks.end)]
         self._tail = [*_ids_of(tokenizer, ASSISTANT), *end]
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt that a history can make."""
+        return len(self._head) + self.history * int(self._slot_IT.shape[1]) + len(self._tail)
+
     def build(self, favourites_UK: np.ndarray | Tensor) -> Prompts:
         """Histories int ``[U, K]`` (-1: nothing; the first ``history`` items are shown) → prompts.
 

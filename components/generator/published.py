@@ -21,7 +21,17 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from couturier.components.errors import ConfigError, LineageError, MissingExtraError
-from couturier.components.generator.memory import BYTES, Memory, Work, estimate, free_bytes, require, shape_of
+from couturier.components.generator.memory import (
+    BYTES,
+    PUBLISHED,
+    Memory,
+    Work,
+    config_of,
+    estimate,
+    free_bytes,
+    require,
+    shape_of,
+)
 
 if TYPE_CHECKING:
     from couturier.components.generator.janus import GeneratorConfig
@@ -45,6 +55,17 @@ def check_settings(config: GeneratorConfig) -> None:
         raise ConfigError(
             f"sft.generator.lora_rank is {config.lora_rank} and lora_targets {config.lora_targets}; the rank must not "
             "be negative (0: no adapters), and adapters need at least one projection."
+        )
+    if config.base and config.family in PUBLISHED and family_of(config.base) != config.family:
+        kind = family_of(config.base)
+        raise ConfigError(
+            f"sft.generator.base {config.base!r} holds a model of family {kind!r}, and sft.generator.family is "
+            f"{config.family!r}; set it to {kind}."
+        )
+    if config.family == "emu3" and not config.base:
+        raise ConfigError(
+            "sft.generator.family is 'emu3', which is always a published model; name one as sft.generator.base and "
+            "tokenise.base."
         )
     if not config.base and (config.lora_rank or config.dtype != "float32" or config.checkpointing):
         raise ConfigError(
@@ -78,6 +99,15 @@ def tell_memory(config: GeneratorConfig, work: Mapping[str, Any], *, edge: int =
     return needed
 
 
+def family_of(base: str) -> str:
+    """ "janus" or "emu3", as ``config.json`` says.
+
+    Raises:
+        ConfigError: no such model, or one of another family.
+    """
+    return str(config_of(base).model_type)
+
+
 def open_published(kind: Any, config: GeneratorConfig) -> tuple[Any, PreTrainedTokenizerBase]:
     """Model and tokenizer of ``config.base``, the model ready to learn.
 
@@ -106,7 +136,7 @@ def prepare(model: Any, config: GeneratorConfig) -> None:
     if config.lora_rank:
         add_adapters(model, rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_targets)
     if config.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -138,6 +168,11 @@ def add_adapters(model: nn.Module, *, rank: int, alpha: float, targets: tuple[st
         value.requires_grad_(".lora_" in name)
         if ".lora_" in name:
             value.data = value.data.float()
+
+
+def given(module: nn.Module, prefix: str) -> frozenset[str]:
+    """Names in a module's state, under ``prefix``, that are no adapters'."""
+    return frozenset(name for name in module.state_dict() if name.startswith(prefix) and ".lora_" not in name)
 
 
 def merged(state: Mapping[str, Tensor], *, scale: float) -> dict[str, Tensor]:

@@ -41,7 +41,9 @@ class Config:
     """Torch threads; one gives the same bits on every machine of a kind."""
     codec: PatchVQConfig = field(default_factory=PatchVQConfig)
     base: str = ""
-    """A hub name or folder of a published Janus whose codec is used as it is; empty: train one."""
+    """A hub name or folder of a published Janus or Emu3 whose codec is used as it is; empty: train one."""
+    base_pixels: int = 128
+    """An edge of pictures under the codec of an Emu3, which takes any size; a Janus has its own."""
     steps: int = 1200
     batch: int = 32
     lr: float = 3e-3
@@ -61,9 +63,7 @@ def run(ctx: StageContext) -> None:
     config: Config = ctx.config
     catalogue = Catalogue.load(ctx.inputs["sequences"])
     if config.base:
-        from couturier.components.generator.janus_codec import JanusCodec
-
-        codec: Codec = JanusCodec.published(config.base)
+        codec: Codec = published_codec(config.base, pixels=config.base_pixels)
         curves: list[tuple[int, str, float]] = []
     else:
         with threads(config.threads):
@@ -80,6 +80,23 @@ def run(ctx: StageContext) -> None:
     ctx.tracker.metrics({k: v for k, v in ctx.facts.items() if isinstance(v, float)}, step=config.steps)
     frame = pl.DataFrame(curves, schema={"step": pl.Int64, "name": pl.String, "value": pl.Float64}, orient="row")
     frame.write_parquet(ctx.out / "curves.parquet")
+
+
+def published_codec(base: str, *, pixels: int) -> Codec:
+    """The codec of a published Janus or Emu3.
+
+    Raises:
+        ConfigError: no such model, or one of another family.
+    """
+    from couturier.components.generator.published import family_of
+
+    if family_of(base) == "emu3":
+        from couturier.components.generator.emu3 import Emu3Codec
+
+        return Emu3Codec.published(base, pixels=pixels)
+    from couturier.components.generator.janus_codec import JanusCodec
+
+    return JanusCodec.published(base)
 
 
 def pictures(catalogue: Catalogue, size: int) -> Tensor:

@@ -23,9 +23,10 @@ from couturier.components.files import read_json
 
 if TYPE_CHECKING:
     from couturier.components.generator.diffusion import DiffusionGenerator
+    from couturier.components.generator.emu3 import Emu3Generator
     from couturier.components.generator.janus import JanusGenerator
 
-FAMILIES = ("janus", "diffusion")
+FAMILIES = ("janus", "emu3", "diffusion")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +123,7 @@ class Generator(Protocol):
         ...
 
 
-def load_generator(folder: Path) -> JanusGenerator | DiffusionGenerator:
+def load_generator(folder: Path) -> JanusGenerator | Emu3Generator | DiffusionGenerator:
     """The generator saved in ``folder``, of the family that ``generator.json`` names, in evaluation mode.
 
     Raises:
@@ -137,6 +138,10 @@ def load_generator(folder: Path) -> JanusGenerator | DiffusionGenerator:
         from couturier.components.generator.janus import JanusGenerator
 
         return JanusGenerator.load(folder)
+    if kind == "emu3":
+        from couturier.components.generator.emu3 import Emu3Generator
+
+        return Emu3Generator.load(folder)
     if kind == "diffusion":
         if find_spec("diffusers") is None:
             raise MissingExtraError("diffusers", extra="train", needed_for="a generator of the diffusion family")
