@@ -87,9 +87,9 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
     for name, row in rows.items():
         mean, low, high = row["difference"]
         best = "" if row["best"] is None else f"{row['best']:.3f}"
-        seeds = row["difference_over_seeds"]
+        seeds, figure = row["difference_over_seeds"], row["figure"].replace("|", "\\|")
         lines.append(
-            f"| {name} | {row['claim']} | {row['figure'].replace('|', chr(92) + '|')} | {row['ours'][0]} {row['ours'][1]:.3f} "
+            f"| {name} | {row['claim']} | {figure} | {row['ours'][0]} {row['ours'][1]:.3f} "
             f"| {row['other'][0]} {row['other'][1]:.3f} | {best} | {mean:+.4f} [{low:+.4f}, {high:+.4f}] "
             f"| {'' if seeds is None else f'[{seeds[0]:+.4f}, {seeds[1]:+.4f}]'} "
             f"| {', '.join(f'{value:+.3f}' for value in row['by_seed'])} | {row['cpu_s']:.0f} "
