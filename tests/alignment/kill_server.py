@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import os
 import signal
@@ -24,8 +25,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from alignment.conftest import CONFIG, HISTORY, INPUTS, context
-
 from couturier.components.alignment import align, sft
 from couturier.components.alignment.distil import DistilConfig
 from couturier.components.alignment.dpo import DpoConfig
@@ -33,11 +32,13 @@ from couturier.components.alignment.scene import Scene
 from couturier.components.generator.janus import GeneratorConfig, JanusGenerator
 from couturier.components.lineage import checkpoints
 
+planted = importlib.import_module("alignment.conftest")
+CONFIG: align.Config = planted.CONFIG
 _SHORT = dataclasses.replace(CONFIG, distil=DistilConfig(steps=3, prompts=4, targets=2), checkpoint_every=2)
 CONFIGS: dict[str, Any] = {
     "sft": sft.Config(
         threads=1,
-        generator=GeneratorConfig(width=32, layers=2, heads=2, ffn=48, history=HISTORY),
+        generator=GeneratorConfig(width=32, layers=2, heads=2, ffn=48, history=planted.HISTORY),
         grounding_steps=6,
         steps=8,
         batch=8,
@@ -57,8 +58,8 @@ CONFIGS: dict[str, Any] = {
 
 def run_stage(root: Path, method: str, name: str) -> None:
     """The whole stage, then what it made, in ``digest.json``."""
-    inputs = {"sequences": "sequences", "tokenise": "tokenise"} if method == "sft" else INPUTS
-    ctx = context(root, name, CONFIGS[method], inputs)
+    inputs = {"sequences": "sequences", "tokenise": "tokenise"} if method == "sft" else planted.INPUTS
+    ctx = planted.context(root, name, CONFIGS[method], inputs)
     (sft.run if method == "sft" else align.run)(ctx)
     files = ("model/model.safetensors", "curves.parquet")
     digests = {file: hashlib.sha256((ctx.out / file).read_bytes()).hexdigest() for file in files}

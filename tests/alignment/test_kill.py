@@ -24,7 +24,8 @@ class Server:
     """The process that runs, and kills, its children."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.whole = root, {}
+        self.root = root
+        self.whole: dict[str, tuple[str, float]] = {}
         command = [sys.executable, str(Path(__file__).with_name("kill_server.py")), str(root)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -91,5 +92,8 @@ def test_kill_anywhere(server: Server, number: int) -> None:
     _, seconds = server.left_alone(method)
     chance = random.Random(number)
     place = chance.choice(PLACES)
-    orders = [{"after_s": chance.uniform(0.02, 0.95) * seconds}, {"place": place, "at": chance.randint(1, 6)}]
+    orders: list[dict[str, Any]] = [
+        {"after_s": chance.uniform(0.02, 0.95) * seconds},
+        {"place": place, "at": chance.randint(1, 6)},
+    ]
     killed_and_resumed(server, method, f"kill-anywhere-{number}", orders)
