@@ -4,6 +4,7 @@
     rl.method=dpo         imitation, then preferences between the policy's own pictures, over several rounds
     rl.method=rejection   imitation, then fine-tuning on the policy's own best pictures
     rl.method=imitation   imitation alone
+    rl.method=pigeon      masked reconstruction after a reference picture, then preferences between such pictures
     rl.method=ppd         personalised preference fine-tuning, of a diffusion generator
 
 ``rl.distil.steps=0`` leaves the imitation out of any of them. Every method starts from the fine-tuned model, sees the
@@ -22,6 +23,8 @@ from couturier.components.alignment.grpo import Grpo, GrpoConfig
 from couturier.components.alignment.guards import Guards, Watchman
 from couturier.components.alignment.imitation import Imitation, Imitator
 from couturier.components.alignment.loop import Loop, LoopConfig, Phase
+from couturier.components.alignment.pigeon import PigeonConfig
+from couturier.components.alignment.pigeon import phases as pigeon_phases
 from couturier.components.alignment.ppd import Ppd, PpdConfig
 from couturier.components.alignment.prospect import ProspectConfig
 from couturier.components.alignment.rejection import Rejection, RejectionConfig
@@ -56,6 +59,7 @@ class Config:
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
     rejection: RejectionConfig = field(default_factory=RejectionConfig)
+    pigeon: PigeonConfig = field(default_factory=PigeonConfig)
     ppd: PpdConfig = field(default_factory=PpdConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     guards: Guards = field(default_factory=Guards)
@@ -86,6 +90,10 @@ def _rejection(scene: Scene, config: Config, watch: Watch) -> list[Phase]:
     return [*_imitation(scene, config, watch), Rejection(scene, config.rejection, watch, look_every=config.watch.every)]
 
 
+def _pigeon(scene: Scene, config: Config, watch: Watch) -> list[Phase]:
+    return pigeon_phases(scene, config.pigeon, watch, look_every=config.watch.every)
+
+
 def _ppd(scene: Scene, config: Config, watch: Watch) -> list[Phase]:
     return [Ppd(scene, config.ppd, watch, look_every=config.watch.every)]
 
@@ -95,6 +103,7 @@ METHODS: dict[str, Callable[[Scene, Config, Watch], list[Phase]]] = {
     "dpo": _dpo,
     "rejection": _rejection,
     "imitation": _imitation,
+    "pigeon": _pigeon,
     "ppd": _ppd,
 }
 """The phases of each method, by name."""

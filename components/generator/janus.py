@@ -212,8 +212,9 @@ class JanusGenerator(LanguageGenerator):
         unused = {id(p) for p in self.model.lm_head.parameters()}
         return [p for p in self.model.parameters() if p.requires_grad and id(p) not in unused]
 
-    def embed_prompt(self, prompts: Prompts) -> Tensor:
-        """``[U, P, D]``: text embeddings with aligned picture features written over the placeholders."""
+    def embed_prompt(self, prompts: Prompts, keep_UP: Tensor | None = None) -> Tensor:
+        """``[U, P, D]``: text embeddings with aligned picture features written over the placeholders, each multiplied
+        by ``keep_UP`` where that is given."""
         janus = self.model.model
         x_UPD = janus.get_input_embeddings()(prompts.ids_UP)
         places = prompts.item_UP >= 0
@@ -225,6 +226,8 @@ class JanusGenerator(LanguageGenerator):
             x_UPD = x_UPD.clone()
             # A look-up, not advanced indexing: the gradient of the latter adds up in no fixed order on several threads.
             picked = F.embedding(where * aligned.shape[1] + nth, aligned.flatten(0, 1))
+            if keep_UP is not None:
+                picked = picked * keep_UP[places][:, None]
             x_UPD[places] = picked.to(x_UPD.dtype)
         return x_UPD
 
@@ -232,12 +235,16 @@ class JanusGenerator(LanguageGenerator):
         """Codes ``[...]`` → generation embeddings ``[..., D]``."""
         return self.model.prepare_embeddings_for_image_generation(codes)
 
+    def weights(self) -> dict[str, Tensor]:
+        """What is saved of the model, by the published names."""
+        return self.model.state_dict()
+
     def save(self, folder: Path) -> None:
         """Config, weights or adapters (safetensors, codec not included), tokenizer, prompt facts, catalogue features.
 
         Of several processes all call it, and the first writes."""
         # The text head shares the text embedding: saved once, tied again on loading.
-        state = {k: whole(v).contiguous() for k, v in self.model.state_dict().items() if k != "lm_head.weight"}
+        state = {k: whole(v).contiguous() for k, v in self.weights().items() if k != "lm_head.weight"}
         if rank() > 0:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -250,7 +257,8 @@ class JanusGenerator(LanguageGenerator):
 
     @classmethod
     def load(cls, folder: Path) -> JanusGenerator:
-        """The generator saved in ``folder``, in evaluation mode.
+        """The generator saved in ``folder``, in evaluation mode; one that draws after a reference picture
+        (:class:`~couturier.components.generator.pigeon.PigeonGenerator`) where that is what was saved.
 
         Raises:
             LineageError: the folder holds none.
@@ -272,7 +280,13 @@ class JanusGenerator(LanguageGenerator):
             prepare(model, source)
         prompts = PromptBuilder.load(folder, PreTrainedTokenizerFast.from_pretrained(folder))
         features = load_file(folder / "features.safetensors")["features_ITF"]
-        return cls(model, prompts, features, codes=facts["codes_per_picture"], source=source).freeze_eyes().eval()
+        made = JanusGenerator(model, prompts, features, codes=facts["codes_per_picture"], source=source)
+        made.freeze_eyes().eval()
+        if (folder / "pigeon.json").exists():
+            from couturier.components.generator.pigeon import PigeonGenerator
+
+            return PigeonGenerator.read(folder, made)
+        return made
 
 
 def source_of(facts: Mapping[str, Any]) -> GeneratorConfig:

@@ -100,13 +100,16 @@ class LanguageGenerator(nn.Module, ABC):
             places.append(len(parts) - 1)
         return torch.stack(parts, 2), places
 
-    def logits(self, prompts: Prompts, codes_UnL: Tensor) -> Tensor:
+    def logits(self, prompts: Prompts, codes_UnL: Tensor, prefix_UPD: Tensor | None = None) -> Tensor:
         """Teacher-forced logits ``[U, n, L, K]`` of ``n`` pictures a user in one packed pass.
 
         The prompt is computed once; each picture's codes attend to it and to themselves, never to another picture.
+
+        Args:
+            prefix_UPD: the prompts embedded otherwise than by :meth:`embed_prompt`.
         """
         with self.products():
-            return self._logits(prompts, codes_UnL)
+            return self._logits(prompts, codes_UnL, prefix_UPD)
 
     def products(self) -> AbstractContextManager[object]:
         """Within it, products are made in ``product_dtype``."""
@@ -117,10 +120,11 @@ class LanguageGenerator(nn.Module, ABC):
         """Where the weights are; prompts and codes may come from elsewhere."""
         return next(self.parameters()).device
 
-    def _logits(self, prompts: Prompts, codes_UnL: Tensor) -> Tensor:
+    def _logits(self, prompts: Prompts, codes_UnL: Tensor, prefix_UPD: Tensor | None) -> Tensor:
         device, n = self.device, codes_UnL.shape[1]
         prompts, codes_UnL = prompts.to(device), codes_UnL.to(device)
-        prefix_UPD = self.embed_prompt(prompts)
+        if prefix_UPD is None:
+            prefix_UPD = self.embed_prompt(prompts)
         own_UnSD, places = self.embed_picture(codes_UnL)
         p, own = prefix_UPD.shape[1], own_UnSD.shape[2]
         x = torch.cat([prefix_UPD, own_UnSD.flatten(1, 2)], 1)
@@ -137,9 +141,9 @@ class LanguageGenerator(nn.Module, ABC):
             rest_UnSD = rest_UnSD[:, :, places]
         return self.head(torch.cat([first_UnD[:, :, None], rest_UnSD], 2))
 
-    def log_prob(self, prompts: Prompts, codes_UnL: Tensor) -> Tensor:
-        """Log-probability of every code, float32 ``[U, n, L]``."""
-        logits = self.logits(prompts, codes_UnL).float()
+    def log_prob(self, prompts: Prompts, codes_UnL: Tensor, prefix_UPD: Tensor | None = None) -> Tensor:
+        """Log-probability of every code, float32 ``[U, n, L]``; ``prefix_UPD`` as in :meth:`logits`."""
+        logits = self.logits(prompts, codes_UnL, prefix_UPD).float()
         codes = codes_UnL.flatten().to(logits.device)
         return -F.cross_entropy(logits.flatten(0, -2), codes, reduction="none").view(codes_UnL.shape)
 

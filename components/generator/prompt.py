@@ -62,12 +62,15 @@ def word_tokenizer(lines: Sequence[str]) -> PreTrainedTokenizerFast:
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
     """A batch of prompts. ids_UP int64, left-padded; item_UP: catalogue index at picture positions, else -1;
-    mask_UP True where a token counts; position_UP int64 counts from each row's first token."""
+    mask_UP True where a token counts; position_UP int64 counts from each row's first token. reference_UR int64 has two
+    columns where prompts show a reference picture (:mod:`couturier.components.generator.pigeon`), none elsewhere: its
+    catalogue index, -1 for none, and which share of it is hidden, in thousandths."""
 
     ids_UP: Tensor
     item_UP: Tensor
     mask_UP: Tensor
     position_UP: Tensor
+    reference_UR: Tensor
 
     def unconditional(self, pad_id: int) -> Prompts:
         """The same lengths with nothing but pad between the first and the last token; pads count as tokens here."""
@@ -80,13 +83,14 @@ class Prompts:
             item_UP=torch.full_like(self.item_UP, -1),
             mask_UP=self.mask_UP,
             position_UP=self.position_UP,
+            reference_UR=torch.full_like(self.reference_UR, -1),
         )
 
     def to(self, device: torch.device) -> Prompts:
         """The same on another device."""
         return Prompts(**{name: value.to(device) for name, value in vars(self).items()})
 
-    def rows(self, some: slice) -> Prompts:
+    def rows(self, some: slice | Tensor) -> Prompts:
         """Some of the prompts."""
         return Prompts(**{name: value[some] for name, value in vars(self).items()})
 
@@ -98,6 +102,7 @@ class Prompts:
             item_UP=torch.where(k, self.item_UP, other.item_UP),
             mask_UP=torch.where(k, self.mask_UP, other.mask_UP),
             position_UP=torch.where(k, self.position_UP, other.position_UP),
+            reference_UR=torch.where(k, self.reference_UR, other.reference_UR),
         )
 
 
@@ -157,8 +162,20 @@ class PromptBuilder:
         """Tokens of the longest prompt that a history can make."""
         return len(self._head) + self.history * int(self._slot_IT.shape[1]) + len(self._tail)
 
-    def build(self, favourites_UK: np.ndarray | Tensor) -> Prompts:
+    @property
+    def reference_place(self) -> int:
+        """Where a prompt shows its reference picture, counted from its end."""
+        return -1 - len(self._tail)
+
+    def build(
+        self, favourites_UK: np.ndarray | Tensor, *, references_U: Tensor | None = None, hidden: float = 0.0
+    ) -> Prompts:
         """Histories int ``[U, K]`` (-1: nothing; the first ``history`` items are shown) → prompts.
+
+        Args:
+            references_U: catalogue index of a reference picture each, shown as one more token after the history; None:
+                no such token.
+            hidden: which share of the references is hidden.
 
         Raises:
             ConfigError: an item index outside the catalogue.
@@ -168,6 +185,8 @@ class PromptBuilder:
             raise ConfigError(
                 f"item index {int(favourites.max())} is outside the catalogue of {len(self.lines)} items."
             )
+        shown = [] if references_U is None else [self.picture_id]
+        tail = [*shown, *self._tail]
         rows, items = [], []
         column = np.arange(self._slot_IT.shape[1])
         for history in favourites:
@@ -175,8 +194,8 @@ class PromptBuilder:
             keep = column[None] < self._length_I[known][:, None]
             tokens = self._slot_IT[known]
             owner = np.where(tokens == self.picture_id, known[:, None], -1)
-            rows.append(np.concatenate([self._head, tokens[keep], self._tail]))
-            items.append(np.concatenate([np.full(len(self._head), -1), owner[keep], np.full(len(self._tail), -1)]))
+            rows.append(np.concatenate([self._head, tokens[keep], tail]))
+            items.append(np.concatenate([np.full(len(self._head), -1), owner[keep], np.full(len(tail), -1)]))
         width = max(len(row) for row in rows)
         ids = np.full((len(rows), width), self.pad_id, np.int64)
         owners = np.full((len(rows), width), -1, np.int64)
@@ -186,11 +205,15 @@ class PromptBuilder:
             owners[i, width - len(row) :] = owner_row
             mask[i, width - len(row) :] = True
         mask_UP = torch.from_numpy(mask)
+        reference_UR = torch.zeros(len(rows), 0, dtype=torch.long)
+        if references_U is not None:
+            reference_UR = torch.stack([references_U, torch.full_like(references_U, round(1000 * hidden))], 1)
         return Prompts(
             ids_UP=torch.from_numpy(ids),
             item_UP=torch.from_numpy(owners),
             mask_UP=mask_UP,
             position_UP=(mask_UP.long().cumsum(1) - 1).clamp_min(0),
+            reference_UR=reference_UR,
         )
 
     def save(self, folder: Path) -> None:
