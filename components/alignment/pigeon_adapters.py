@@ -20,6 +20,7 @@ from couturier.components.generator.pigeon import PigeonGenerator, ReferenceConf
 from couturier.components.generator.published import given
 from couturier.components.generator.shelf import Shelf
 from couturier.components.runtime import global_seed
+from couturier.components.together import in_shares
 
 POLICY, REFERENCE = "policy", "reference"
 _TARGETS = r".*language_model\.layers\.\d+\.self_attn\.(q_proj|v_proj)"
@@ -50,7 +51,7 @@ class AdaptedGenerator(PigeonGenerator):
 
     Raises:
         MissingExtraError: peft is not installed.
-        ConfigError: the base has adapters already.
+        ConfigError: the base has adapters already, or is kept in shares.
     """
 
     def __init__(
@@ -64,6 +65,8 @@ class AdaptedGenerator(PigeonGenerator):
         seed: int = 0,
     ) -> None:
         super().__init__(base, codes_IL, shelf, config, seed=seed)
+        if any(in_shares(value) for value in base.parameters()):
+            raise ConfigError("rl.method=pigeon needs each process to hold the whole model. Set rl.strategy=ddp.")
         if base.source.lora_rank:
             raise ConfigError(
                 "rl.method=pigeon lays its own adapters over a whole model, and sft saved adapters alone. Set "
