@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,14 @@ import numpy as np
 from PIL import Image
 
 from couturier.components.errors import LineageError, MissingExtraError
-from couturier.components.files import sha256_of_file, sha256_of_json, sync_folder, write_json, written_beside
+from couturier.components.files import (
+    read_json,
+    sha256_of_file,
+    sha256_of_json,
+    sync_folder,
+    write_json,
+    written_beside,
+)
 from couturier.components.lineage.provenance import code_commit
 from couturier.components.lineage.sources import source_digests
 from couturier.components.lineage.stages import ArtifactStore, StageContext
@@ -41,6 +48,8 @@ from couturier.serving.sampling import Sampling
 SERVICE = "couturier.serving.service"
 PAGE_FILES = ("studio.html", "studio.js", "studio.css")
 NAME = "couturier"
+# What a generator's kind imports beyond the ``serve`` extra.
+GENERATOR_NEEDS: Mapping[str, Sequence[str]] = {"diffusion": ("diffusers",)}
 # File types that can run code when they are read; a bento of ours has none.
 _PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".npy", ".npz")
 
@@ -117,7 +126,8 @@ def write_context(folder: Path, ctx: StageContext, *, bundle_id: str) -> None:
         **{name: ctx.inputs[name] for name in ("sequences", "tokenise", "judge", "rl")},
         version={"bundle": bundle_id, **origin(ctx)},
     )
-    listed = "".join(f'    - "{requirement}"\n' for requirement in requirements())
+    also = GENERATOR_NEEDS.get(read_json(folder / "model" / "model" / "generator.json")["kind"], ())
+    listed = "".join(f'    - "{requirement}"\n' for requirement in requirements(also))
     (folder / "bentofile.yaml").write_text(
         f'service: "{SERVICE}:Couturier"\nname: {NAME}\nlabels:\n  bundle: "{bundle_id}"\n'
         'include:\n  - "/couturier/**"\n  - "/model/**"\n'
@@ -150,12 +160,14 @@ def copy_sources(folder: Path) -> None:
         shutil.copyfile(Path(__file__).with_name(name), root / "serving" / name)
 
 
-def requirements() -> list[str]:
-    """The pinned packages of the base install and the ``serve`` extra, as the project's own metadata lists them."""
-    listed = []
+def requirements(also: Iterable[str] = ()) -> list[str]:
+    """The pinned packages of the base install and the ``serve`` extra, as the project's own metadata lists them, and
+    those named ``also``, from whichever extra lists them."""
+    listed, wanted = [], set(also)
     for line in importlib.metadata.requires(NAME) or []:
         requirement, _, marker = (part.strip() for part in line.partition(";"))
-        if not marker or re.fullmatch(r"""extra\s*==\s*['"]serve['"]""", marker):
+        name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
+        if not marker or re.fullmatch(r"""extra\s*==\s*['"]serve['"]""", marker) or name in wanted:
             listed.append(requirement)
     return sorted(set(listed))
 

@@ -149,3 +149,8 @@ def test_a_changed_page_makes_another_manifest(monkeypatch):
 def test_the_requirements_are_the_projects_own():
     listed = package.requirements()
     assert "bentoml==1.4.39" in listed and "torch==2.13.0" in listed and json.dumps(listed)
+
+
+def test_a_generator_brings_what_its_family_needs():
+    plain, more = package.requirements(), package.requirements(package.GENERATOR_NEEDS["diffusion"])
+    assert set(more) - set(plain) == {"diffusers==0.42.1"}
