@@ -157,7 +157,8 @@ class _All(torch.autograd.Function):
             if places.pad is None:
                 ctx.place_P[places.index] = place_GCL
             else:
-                ctx.place_P[places.index[~places.pad]] = place_GCL[~places.pad]
+                real_GCL = ~places.pad.expand_as(place_GCL)
+                ctx.place_P[places.index[real_GCL]] = place_GCL[real_GCL]
             ctx.parts.append(part)
             at += size
         ctx.save_for_backward(*vars(first).values(), keys_NH)
