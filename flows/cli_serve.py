@@ -28,27 +28,36 @@ def generate(
     folder: Annotated[Path, typer.Option("--out", help="Where to write the PNGs.")] = Path("pictures"),
     scale: Annotated[int, typer.Option(min=1, help="Screen pixels for each pixel drawn.")] = 4,
     model: Model = "champion",
+    titles: Annotated[
+        bool, typer.Option("--titles", help="Give each picture a title for this person, where the judge prefers one.")
+    ] = False,
+    writer: Annotated[
+        str, typer.Option(help="Who proposes titles: phrases, smollm2, a language model's folder, or auto.")
+    ] = "auto",
     json: Json = False,
 ) -> None:
     """Draw the next item for one person, in this process: a PNG each, and `grid.png` with the history above.
 
     Examples: \\
     `couturier generate --user 1023 --n 8 --out pictures` \\
-    `couturier generate --history 17,204,9 --guidance 2`
+    `couturier generate --history 17,204,9 --guidance 2` \\
+    `couturier generate --user 1023 --titles`
     """
     need("mlflow", extra="train", verb="generate")
     from couturier.flows.generate import draw
 
     done = draw(
         user=user, history=history, n=n, guidance=guidance, temperature=temperature, seed=seed, folder=folder,
-        scale=scale, model=model,
+        scale=scale, model=model, titles=writer if titles else "",
     )  # fmt: skip
     if json:
         emit(done)
         return
     out().print(f"{len(done['pictures'])} pictures by {done['bento']} in {folder}:", markup=False)
     for picture in done["pictures"]:
-        out().print(f"  {Path(picture['path']).name}  nearest item: {picture['nearest']['title']}", markup=False)
+        said = f"{picture['title']} (by {picture['titled_by']}); " if titles else ""
+        name = Path(picture["path"]).name
+        out().print(f"  {name}  {said}nearest item: {picture['nearest']['title']}", markup=False)
     out().print(f"History and pictures side by side: {done['grid']}", markup=False)
     out().print(done["attribution"], markup=False, style="dim")
 

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from couturier.components.errors import ConfigError
+from couturier.components.generator.words import Extractor, TitleConfig
 from couturier.components.lineage.workspace import Workspace
 from couturier.flows.service import bundle_folder, version_in_use
 from couturier.serving.bundle import Bundle, History, Picture
 from couturier.serving.pictures import grid, png_bytes
 from couturier.serving.sampling import Sampling
+from couturier.serving.titles import Titles
 
 COLUMNS = 8
 
@@ -30,8 +32,12 @@ def draw(
     folder: Path,
     scale: int,
     model: str,
+    titles: str = "",
 ) -> dict[str, Any]:
     """Draw ``n`` pictures for a user, or for item ids, and write them with a grid into ``folder``.
+
+    Args:
+        titles: who proposes titles (``TitleConfig.writer``); empty for the nearest items' own ones.
 
     Returns:
         What ``couturier generate --json`` prints.
@@ -52,21 +58,25 @@ def draw(
     drawn = bundle.generate([known], sampling)[0]
     took = time.perf_counter() - began
     paths = _write(folder, bundle, known, drawn, scale)
-    titles, ids = bundle.catalogue.items["title"].to_list(), bundle.catalogue.item_ids
+    own, ids = bundle.catalogue.items["title"].to_list(), bundle.catalogue.item_ids
+    titling = Titles(bundle, TitleConfig(writer=titles or Extractor.name))
+    named = titling.of(known, drawn) if titles else titling.own(drawn)
     return {
         "user": user or None,
         "model": {"name": "couturier", "version": version.number, "alias": next(iter(version.aliases), None)},
         "bento": version.bento,
         "seed": seed,
         "s": round(took, 3),
-        "history": [{"item_id": ids[i], "title": titles[i]} for i in known.items],
+        "history": [{"item_id": ids[i], "title": own[i]} for i in known.items],
         "pictures": [
             {
                 "id": picture.id,
                 "path": str(path),
-                "nearest": {"item_id": ids[picture.nearest], "title": titles[picture.nearest]},
+                "nearest": {"item_id": ids[picture.nearest], "title": own[picture.nearest]},
+                "title": title.text,
+                "titled_by": title.by,
             }
-            for picture, path in zip(drawn, paths, strict=True)
+            for picture, path, title in zip(drawn, paths, named, strict=True)
         ],
         "grid": str(folder / "grid.png"),
         "attribution": bundle.catalogue.attribution,

@@ -31,8 +31,9 @@ from couturier.components.errors import ConfigError, LineageError, UnknownUserEr
 from couturier.components.files import read_json, write_json
 from couturier.components.generator.codec import Codec, load_codec
 from couturier.components.generator.types import Generator, load_generator
-from couturier.components.interest.judge import history_batch, load_judge
-from couturier.components.interest.types import Judge
+from couturier.components.interest.base import ContentJudge
+from couturier.components.interest.encoder import word_bags
+from couturier.components.interest.judge import history_batch, load_judge, vocabulary_of_judge
 from couturier.components.runtime import threads
 from couturier.serving.sampling import MAX_HISTORY, Sampling
 
@@ -62,11 +63,11 @@ class Bundle:
     """A model, its codec, its judge, and the people and items it knows. Threads may share one: calls take turns."""
 
     def __init__(
-        self, *, catalogue: Catalogue, people: Windows, codec: Codec, generator: Generator, judge: Judge,
-        version: dict[str, Any],
+        self, *, catalogue: Catalogue, people: Windows, codec: Codec, generator: Generator,
+        judge: ContentJudge, vocabulary: Sequence[str], version: dict[str, Any],
     ) -> None:  # fmt: skip
         self.catalogue, self.people, self.version = catalogue, people, version
-        self.codec, self.generator, self.judge = codec, generator, judge
+        self.codec, self.generator, self.judge, self.vocabulary = codec, generator, judge, vocabulary
         self._lock = threading.Lock()
         self._row_of = {people.users[user]: row for row, user in enumerate(people.user_W.tolist())}
         self._index_of = {item_id: i for i, item_id in enumerate(catalogue.item_ids)}
@@ -90,6 +91,7 @@ class Bundle:
             codec=load_codec(folder / "codec"),
             generator=load_generator(folder / "model"),
             judge=load_judge(folder / "judge"),
+            vocabulary=vocabulary_of_judge(folder / "judge"),
             version=read_json(folder / VERSION),
         )
 
@@ -186,6 +188,16 @@ class Bundle:
             candidates_1CD = self.item_features_ID[torch.tensor(items, dtype=torch.int64)][None]
             logits_1C = self.judge.standardise(self.judge.score(self.judge.encode(batch), candidates_1CD))
         return logits_1C[0].double().numpy()
+
+    def score_titled(self, history: History, picture: Picture, titles: Sequence[str]) -> Tensor:
+        """The judge's standardised logits ``[N]`` of one drawn picture under each of N titles."""
+        with self._lock, threads(1), torch.inference_mode():
+            batch = history_batch(_one_window(history), np.array([0]), self.item_features_ID)
+            seen_1D = self.judge.embed_pictures(_float_pictures(picture.rgb_HWC[None]))
+            pictures_NP = seen_1D[:, : self.judge.items.picture_width].expand(len(titles), -1)
+            candidates_ND = self.judge.items.described(pictures_NP, *word_bags(titles, self.vocabulary))
+            logits_1N = self.judge.score(self.judge.encode(batch), candidates_ND[None])
+            return self.judge.standardise(logits_1N)[0]
 
     def _generation_ids(self, history: History, sampling: Sampling) -> list[str]:
         ids = self.catalogue.item_ids

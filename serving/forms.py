@@ -63,6 +63,7 @@ class GenerateForm(_About):
     )
     temperature: float = Field(default=1.0, ge=TEMPERATURE[0], le=TEMPERATURE[1], description="Higher is more varied.")
     seed: int = Field(default=0, ge=0, le=MAX_SEED, description="The same seed draws the same pictures.")
+    titles: bool = Field(default=False, description="Choose each picture's title for this person.")
 
     def sampling(self) -> Sampling:
         return Sampling(n=self.n, guidance=self.guidance, temperature=self.temperature, seed=self.seed)
@@ -117,11 +118,14 @@ class Item(BaseModel):
 
 
 class DrawnPicture(BaseModel):
-    """A picture that was drawn; ``png`` is base64."""
+    """A picture that was drawn; ``png`` is base64. ``title`` is that of the nearest item (``titled_by`` is ``item``)
+    or, if titles were asked for, a phrase of what is said of it that the judge prefers for this person."""
 
     id: str
     png: str
     nearest: Item
+    title: str
+    titled_by: str
 
 
 class GenerateAnswer(BaseModel):

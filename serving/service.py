@@ -104,10 +104,14 @@ class Couturier:
     def __init__(self) -> None:
         import torch
 
+        from couturier.components.generator.words import Extractor, TitleConfig
         from couturier.serving.bundle import Bundle
+        from couturier.serving.titles import Titles
 
         torch.set_num_threads(1)
         self.bundle: Bundle = Bundle.load(_bundle_folder())
+        # Phrases and no language model: what is served must not depend on what else is installed.
+        self.titles = Titles(self.bundle, TitleConfig(writer=Extractor.name))
         folder = os.environ.get(FEEDBACK_SETTING)
         self.log = FeedbackLog(Path(folder)) if folder else None
         self.drawn = Drawn()
@@ -116,12 +120,22 @@ class Couturier:
     @bentoml.api
     def generate(self, form: GenerateForm, /) -> GenerateAnswer:
         """Draw ``n`` pictures; the same form draws the same bytes."""
+        drawn = self._draw(form)
+        named = (
+            self.titles.of(self._history(form.user_id, form.history), drawn) if form.titles else self.titles.own(drawn)
+        )
         return GenerateAnswer(
             model=self.model,
             attribution=self.bundle.catalogue.attribution,
             pictures=[
-                DrawnPicture(id=p.id, png=_base64(png_bytes(p.rgb_HWC)), nearest=self._item(p.nearest))
-                for p in self._draw(form)
+                DrawnPicture(
+                    id=picture.id,
+                    png=_base64(png_bytes(picture.rgb_HWC)),
+                    nearest=self._item(picture.nearest),
+                    title=title.text,
+                    titled_by=title.by,
+                )
+                for picture, title in zip(drawn, named, strict=True)
             ],
         )
 

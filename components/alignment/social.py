@@ -348,8 +348,8 @@ def _attribute(catalogue: Catalogue, wanted: str, setting: str, default: list[st
     """The attribute of a setting, or the default's first; empty where there is none and none is needed."""
     if wanted and wanted not in catalogue.attributes or setting == "prompt" and not (wanted or default):
         raise ConfigError(
-            f"rl.social.{setting} is {wanted!r}; items have the attributes {', '.join(catalogue.attributes) or 'none'}. "
-            "Name one of them, or leave rl.weights.social at 0."
+            f"rl.social.{setting} is {wanted!r}; items have the attributes "
+            f"{', '.join(catalogue.attributes) or 'none'}. Name one of them, or leave rl.weights.social at 0."
         )
     return wanted or next(iter(default), "")
 

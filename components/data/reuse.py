@@ -23,8 +23,8 @@ def reuse_of(events: pl.DataFrame) -> pl.DataFrame:
         events: in contract form; people and times that may be learned from.
 
     Returns:
-        ``item_id``; ``tried``, people with any event on it; ``kept``, those of them who took it in two groups (or, where
-        events have no ``group_id``, at two times) or praised it. int64, sorted by item_id.
+        ``item_id``; ``tried``, people with any event on it; ``kept``, those of them who took it in two groups (at two
+        times, where events have no ``group_id``) or praised it. int64, sorted by item_id.
 
     Example:
         >>> events = pl.DataFrame({"user_id": ["a", "a", "b", "c"], "item_id": ["x"] * 4, "group_id": list("1234"),

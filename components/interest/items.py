@@ -125,6 +125,15 @@ class ItemFeatures(nn.Module):
         rest = pictures_XP.new_zeros(*pictures_XP.shape[:-1], self.width - self.picture_width)
         return torch.cat([pictures_XP, rest], dim=-1)
 
+    def described(self, pictures_NP: Tensor, word_ids: Tensor, word_offsets: Tensor) -> Tensor:
+        """Picture embeddings with words of one's own (jagged, as ``encoder.word_bags`` gives) -> features ``[N, D]``;
+        no identity. Without a width for words they are pictures alone."""
+        if not self.config.words:
+            return self.of_pictures(pictures_NP)
+        words_NW: Tensor = self.word_bag(word_ids, word_offsets[:-1])
+        rest = pictures_NP.new_zeros(len(pictures_NP), self.config.ids + 1 if self.config.ids else 0)
+        return torch.cat([pictures_NP, words_NW, pictures_NP.new_ones(len(pictures_NP), 1), rest], dim=-1)
+
     def embed_items(self, *, words: bool = True) -> Tensor:
         """The catalogue -> features ``[I, D]``; ``words=False`` shows it as drawn pictures, no words or identity."""
         if not words:

@@ -142,6 +142,11 @@ def load_judge(folder: Path) -> ContentJudge:
     return judge.requires_grad_(False).eval()
 
 
+def vocabulary_of_judge(folder: Path) -> list[str]:
+    """The words that a saved judge knows, in the order of their ids."""
+    return [str(word) for word in read_json(folder / SETTINGS)["vocabulary"]]
+
+
 def history_items(windows: Windows, rows: np.ndarray, *, catalogue: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Favourites of some windows: ``(items_N int64, age_days_N, weight_N, offsets int64 [U + 1])``; -1 is left out.
 

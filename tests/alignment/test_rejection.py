@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from couturier.components.alignment import align, rewards
 from couturier.components.alignment.distil import DistilConfig
-from couturier.components.alignment.rejection import RejectionConfig, accept_or_fall_back
+from couturier.components.alignment.rejection import RejectionConfig
 from couturier.components.alignment.rewards import Weights
 from couturier.components.errors import ConfigError
+from couturier.components.generator.accept import accept_or_fall_back
 
 from .conftest import CONFIG, INPUTS, KillAt, Killed, context, weights
 

@@ -38,7 +38,8 @@ SURFACE = {
     "promote": {"VERSION", "--force", "--recipe", "--who", "--why", JSON},
     "rollback": {"--who", "--why", JSON},
     "generate": {
-        "--user", "--history", "--n", "--guidance", "--temperature", "--seed", "--out", "--scale", "--model", JSON,
+        "--user", "--history", "--n", "--guidance", "--temperature", "--seed", "--out", "--scale", "--model",
+        "--titles", "--writer", JSON,
     },
     "serve": {"--port", "--model", JSON},
     "up": {"--prefect-port", "--mlflow-port", "--port", "--schedule", "--recipe", "--set", JSON},

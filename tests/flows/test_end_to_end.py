@@ -193,7 +193,9 @@ def test_generate_writes_pictures_and_a_grid(smoke_run: SmokeRun, tmp_path: Path
     other = generate(smoke_run, tmp_path / "c", "--user", user, "--seed", "5")
     assert [one["id"] for one in other["pictures"]] != [one["id"] for one in found["pictures"]]
     items = ",".join(item["item_id"] for item in found["history"][:3])
-    assert generate(smoke_run, tmp_path / "d", "--history", items)["user"] is None
+    titled = generate(smoke_run, tmp_path / "d", "--history", items, "--titles", "--writer", "phrases")
+    assert titled["user"] is None
+    assert all(one["titled_by"] in ("item", "phrases") and one["title"] for one in titled["pictures"])
 
 
 def test_an_unknown_user_is_told(smoke_run: SmokeRun) -> None:

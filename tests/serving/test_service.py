@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from couturier.components.generator.words import TitleConfig
 from couturier.serving.bundle import Bundle
 from couturier.serving.client import ServiceError
 from couturier.serving.pictures import png_bytes
 from couturier.serving.sampling import Sampling
+from couturier.serving.titles import Titles
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,19 @@ def test_the_same_bytes_over_http_and_in_process(client, bundle):
     titles = bundle.catalogue.items["title"].to_list()
     assert [p["nearest"]["title"] for p in answer["pictures"]] == [titles[p.nearest] for p in here]
     assert answer["attribution"] == bundle.catalogue.attribution
+
+
+def test_titles_are_the_items_own_unless_asked_for(client, bundle):
+    answer = client.generate(user_id="user-05", n=2, seed=42)
+    assert [(p["title"], p["titled_by"]) for p in answer["pictures"]] == [
+        (p["nearest"]["title"], "item") for p in answer["pictures"]
+    ]
+    asked = client.generate(user_id="user-05", n=2, seed=42, titles=True)
+    history = bundle.history_of("user-05")
+    titling = Titles(bundle, TitleConfig(writer="phrases"))
+    here = titling.of(history, bundle.generate([history], Sampling(n=2, seed=42))[0])
+    assert [(p["title"], p["titled_by"]) for p in asked["pictures"]] == [(title.text, title.by) for title in here]
+    assert pngs(asked) == pngs(answer)
 
 
 def test_a_history_of_ids_draws_too(client, bundle):
