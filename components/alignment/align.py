@@ -127,7 +127,13 @@ def run(ctx: StageContext) -> None:
 
 def prepare(ctx: StageContext, config: Config) -> tuple[Loop, Scene]:
     """The loop of the configured method, at its first step or where its newest checkpoint left it."""
-    scene = Scene(
+    scene = scene_of(ctx, config)
+    return loop_of(ctx, config, scene, Watch(ctx, scene.catalogue, scene.codec, config.watch)), scene
+
+
+def scene_of(ctx: StageContext, config: Config) -> Scene:
+    """What every method works with, read from the stage's inputs."""
+    return Scene(
         ctx,
         seed=config.seed,
         weights=config.weights,
@@ -135,8 +141,11 @@ def prepare(ctx: StageContext, config: Config) -> tuple[Loop, Scene]:
         prospect=config.prospect,
         social=config.social,
     )
+
+
+def loop_of(ctx: StageContext, config: Config, scene: Scene, watch: Watch) -> Loop:
+    """:func:`prepare` once everything is read."""
     spread(scene.policy, config.strategy)
-    watch = Watch(ctx, scene.catalogue, scene.codec, config.watch)
     watchman = Watchman(config.guards)
     # First the phases: a method may add to the policy what will learn.
     phases = METHODS[config.method](scene, config, watch)
@@ -156,4 +165,4 @@ def prepare(ctx: StageContext, config: Config) -> tuple[Loop, Scene]:
         before = told(lambda: watch.look(scene.policy.eval()))
         loop.log(before)
         watchman.reason_to_stop(0, before)
-    return loop, scene
+    return loop

@@ -9,9 +9,10 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -19,16 +20,17 @@ from safetensors.torch import load_file
 
 from couturier.components.alignment import align, distributed, sft
 from couturier.components.alignment.distil import DistilConfig
+from couturier.components.alignment.dpo import DpoConfig
 from couturier.components.alignment.grpo import GrpoConfig
 from couturier.components.alignment.guards import Guards
-from couturier.components.alignment.loop import Loop, LoopConfig
+from couturier.components.alignment.loop import Loop, LoopConfig, Phase
 from couturier.components.alignment.prospect import ProspectConfig
 from couturier.components.alignment.sharding import clip, spread
-from couturier.components.alignment.watch import WatchConfig
+from couturier.components.alignment.watch import Watch, WatchConfig
 from couturier.components.errors import ConfigError, DataError
 from couturier.components.files import read_json, write_json
 from couturier.components.generator.janus import GeneratorConfig, JanusGenerator
-from couturier.components.interest import fit
+from couturier.components.generator.language import LanguageGenerator
 from couturier.components.lineage.checkpoints import Checkpoints
 from couturier.components.lineage.stages import StageContext
 from couturier.components.settings import settings_of, with_lines
@@ -61,70 +63,111 @@ ALIGN = align.Config(
 )
 
 
-def trained(ctx: StageContext, learner: sft._Learner, strategy: str) -> Path:
-    """Fine-tune without a stage's reading and writing of tables; the first process saves the model."""
-    spread(learner.generator, strategy)
-    parameters = learner.generator.parameters_to_train()
-    kept = [in_shares(value) for value in parameters]
+def tuned(ctx: StageContext, config: sft.Config) -> Callable[[], None]:
+    """Fine-tuning: everything is read now, and done when asked."""
+    learner = sft._Learner(ctx, config)
+
+    def work() -> None:
+        spread(learner.generator, config.strategy)
+        parameters = learner.generator.parameters_to_train()
+        phases: list[Phase] = [sft._Grounding(learner), sft._Tuning(learner)]
+        loop = Loop(ctx, "sft", learner.generator, parameters, phases, learner.random, LoopConfig(checkpoint_every=5))
+        finish(ctx, loop, learner.generator, config.strategy)
+
+    return work
+
+
+def aligned(ctx: StageContext, config: align.Config) -> Callable[[], None]:
+    """Alignment likewise."""
+    scene = align.scene_of(ctx, config)
+    watch = Watch(ctx, scene.catalogue, scene.codec, config.watch)
+    return lambda: finish(ctx, align.loop_of(ctx, config, scene, watch), scene.janus, config.strategy)
+
+
+def finish(ctx: StageContext, loop: Loop, generator: LanguageGenerator, strategy: str) -> None:
+    kept = [in_shares(value) for value in loop.parameters]
     assert any(kept) == (strategy == "fsdp" and processes_now() > 1) and not all(kept)
-    phases = [sft._Grounding(learner), sft._Tuning(learner)]
-    loop = Loop(ctx, "sft", learner.generator, parameters, phases, learner.random, LoopConfig(checkpoint_every=5))
     loop.run()
-    learner.generator.save(ctx.out / "model")
-    drawn = learner.generator.sample(learner.valid.favourites_WK[:2], 2, seeds=[1, 2])
-    assert int(drawn.max()) < learner.generator.codebook_size
+    generator.save(ctx.out / "model")
+    drawn = generator.sample(np.array([[1, 2], [3, -1]]), 2, seeds=[1, 2])
+    assert int(drawn.max()) < generator.codebook_size
     if rank() == 0:
         write_json(ctx.out / "curves.json", loop.curves)
-    return ctx.out
 
 
 def close(a: Path, b: Path) -> None:
     one, other = (load_file(folder / "model" / "model.safetensors") for folder in (a, b))
     assert one.keys() == other.keys()
     for name, value in one.items():
-        torch.testing.assert_close(
-            other[name], value, atol=2e-4, rtol=1e-3, msg=lambda told, name=name: f"{name}: {told}"
-        )
+        torch.testing.assert_close(other[name], value, atol=2e-4, rtol=1e-3, msg=name)
     curves = [read_json(folder / "curves.json") for folder in (a, b)]
     for (step, name, value), (at, called, figure) in zip(*curves, strict=True):
         assert (step, name) == (at, called) and figure == pytest.approx(value, abs=5e-3)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_tune_as_one_and_checkpoints_pass_between_them(world: Path, strategy: str) -> None:
-    inputs = {"sequences": "sequences", "tokenise": "tokenise"}
+def both_ways(
+    world: Path, make: Callable[[StageContext], Callable[[], None]], inputs: dict[str, str], name: str
+) -> None:
+    """One process, two, one from where two stopped, two from where one did: all end alike."""
 
-    def tune(name: str, left: Path | None = None) -> StageContext:
-        ctx = context(world, f"many-{strategy}-{name}", TUNE, inputs)
+    def run(kind: str, *, two: bool, left: Path | None = None) -> StageContext:
+        ctx = context(world, f"many-{name}-{kind}", None, inputs)
         if left is not None:
             shutil.copytree(left / "checkpoints", ctx.scratch / "checkpoints")
-            newest = Checkpoints(ctx.scratch / "checkpoints").newest()
-            assert newest is not None and newest.step == 10
-        learner = sft._Learner(ctx, TUNE)  # read here, before the fork
-        if name == "alone" or name == "one":
-            trained(ctx, learner, strategy)
-        else:
-            forked(lambda _: trained(ctx, learner, strategy) and None)
+            assert Checkpoints(ctx.scratch / "checkpoints").newest() is not None
+        work = make(ctx)
+        forked(work) if two else work()
         return ctx
 
-    alone, two = tune("alone"), tune("two")
+    alone, two = run("alone", two=False), run("two", two=True)
     close(alone.out, two.out)
-    close(alone.out, tune("one", two.scratch).out)
-    close(alone.out, tune("again", alone.scratch).out)
+    close(alone.out, run("one", two=False, left=two.scratch).out)
+    close(alone.out, run("again", two=True, left=alone.scratch).out)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_tune_as_one_and_checkpoints_pass_between_them(world: Path, strategy: str) -> None:
+    config = replace(TUNE, strategy=strategy)
+    inputs = {"sequences": "sequences", "tokenise": "tokenise"}
+    both_ways(world, lambda ctx: tuned(ctx, config), inputs, f"sft-{strategy}")
+
+
+METHODS = {
+    "grpo": ALIGN,
+    "guided grpo": replace(ALIGN, grpo=replace(ALIGN.grpo, guidance=1.5, updates=1)),
+    "dpo": replace(ALIGN, method="dpo", dpo=DpoConfig(rounds=2, steps=3, batch=8, share=0.5, candidates=4, margin=0.0)),
+    "rejection": replace(ALIGN, method="rejection"),
+}
+
+
+@pytest.mark.parametrize(
+    "method,strategy",
+    [
+        ("grpo", "fsdp"),
+        ("dpo", "ddp"),
+        pytest.param("guided grpo", "fsdp", marks=pytest.mark.slow),
+        pytest.param("dpo", "fsdp", marks=pytest.mark.slow),
+        pytest.param("rejection", "ddp", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_align_as_one_and_checkpoints_pass_between_them(
+    started: Path, method: str, strategy: str
+) -> None:
+    config = replace(METHODS[method], strategy=strategy)
+    inputs = {"sequences": "sequences", "tokenise": "tokenise", "judge": "rl-judge", "sft": "rl-sft"}
+    both_ways(started, lambda ctx: aligned(ctx, config), inputs, f"{method}-{strategy}")
 
 
 @pytest.fixture(scope="module")
-def given(world: Path) -> Path:
-    """The planted world with a fitted judge and a barely tuned model."""
-    fit.run(context(world, "many-judge", fit.Config(threads=1), {"sequences": "sequences"}))
-    sft.run(context(world, "many-sft", TUNE, {"sequences": "sequences", "tokenise": "tokenise"}))
-    write_json(world / "sft.json", asdict(TUNE))
-    write_json(world / "rl.json", asdict(ALIGN))
-    return world
+def given(started: Path) -> Path:
+    """The planted world with settings in files."""
+    write_json(started / "sft.json", asdict(TUNE))
+    write_json(started / "rl.json", asdict(ALIGN))
+    return started
 
 
 def arguments(given: Path, stage: str, out: Path, *more: str) -> list[str]:
-    folders = {"sequences": "sequences", "tokenise": "tokenise", "judge": "many-judge", "sft": "many-sft"}
+    folders = {"sequences": "sequences", "tokenise": "tokenise", "judge": "rl-judge", "sft": "rl-sft"}
     inputs = [word for name in distributed.STAGES[stage][2] for word in ("--input", f"{name}={given / folders[name]}")]
     return ["--stage", stage, *inputs, "--out", str(out), "--settings", str(given / f"{stage}.json"), *more]
 
@@ -142,7 +185,7 @@ def by_two(given: Path, stage: str, out: Path, *more: str) -> None:
     assert read_json(out / "facts.json")["processes"] == 2
 
 
-def forked(work: Callable[[int], None]) -> None:
+def forked(work: Callable[[], None]) -> None:
     """Two processes that torchrun might have started, forked from this one, which has imported everything already.
 
     For work that leaves polars alone: its threads do not outlive a fork.
@@ -161,10 +204,10 @@ def forked(work: Callable[[int], None]) -> None:
     assert [process.exitcode for process in both] == [0, 0]
 
 
-def one_of(environment: dict[str, str], work: Callable[[int], None]) -> None:
+def one_of(environment: dict[str, str], work: Callable[[], None]) -> None:
     os.environ.update(environment)
     with processes():
-        work(rank())
+        work()
 
 
 def same(a: Path, b: Path, *, atol: float = 2e-4) -> None:
@@ -172,9 +215,7 @@ def same(a: Path, b: Path, *, atol: float = 2e-4) -> None:
     one, other = (load_file(folder / "model" / "model.safetensors") for folder in (a, b))
     assert one.keys() == other.keys()
     for name, value in one.items():
-        torch.testing.assert_close(
-            other[name], value, atol=atol, rtol=1e-3, msg=lambda told, name=name: f"{name}: {told}"
-        )
+        torch.testing.assert_close(other[name], value, atol=atol, rtol=1e-3, msg=name)
     curves = [pl.read_parquet(folder / "curves.parquet").sort("step", "name") for folder in (a, b)]
     assert curves[0].select("step", "name").equals(curves[1].select("step", "name"))
     torch.testing.assert_close(curves[0]["value"].to_torch(), curves[1]["value"].to_torch(), atol=5e-3, rtol=5e-3)
@@ -218,9 +259,9 @@ def test_gradients_are_averaged_only_where_somebody_has_one() -> None:
     """One process alone passes a weight without a gradient over; averaging must not give it a gradient of nought, with
     which weight decay and old moments would move it."""
 
-    def work(own: int) -> None:
+    def work() -> None:
         used, idle = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
-        if own == 0:
+        if rank() == 0:
             (used.sum() * 3).backward()
         average_gradients([used, idle])
         assert used.grad is not None and used.grad.tolist() == [1.5, 1.5]
