@@ -83,7 +83,7 @@ class FeedbackForm(_Form):
     generation_id: Id | None = Field(
         default=None, description="The id of a picture that this service drew; instead of item_id."
     )
-    kind: Literal["like", "dislike", "view", "purchase"]
+    kind: Literal["like", "dislike", "view", "purchase", "save", "share"]
     value: float = Field(default=1.0, ge=-1000.0, le=1000.0)
 
     @model_validator(mode="after")

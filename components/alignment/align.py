@@ -31,7 +31,7 @@ from couturier.components.alignment.rejection import Rejection, RejectionConfig
 from couturier.components.alignment.rewards import Weights
 from couturier.components.alignment.scene import Scene
 from couturier.components.alignment.sharding import spread
-from couturier.components.alignment.social import SocialConfig
+from couturier.components.alignment.triplets import SocialConfig
 from couturier.components.alignment.watch import Watch, WatchConfig
 from couturier.components.errors import ConfigError
 from couturier.components.lineage.stages import StageContext

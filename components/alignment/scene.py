@@ -19,7 +19,8 @@ from couturier.components.alignment.batches import WindowSampler
 from couturier.components.alignment.distil import DistilConfig, prefixes, wanted
 from couturier.components.alignment.prospect import Prospect, ProspectConfig
 from couturier.components.alignment.rewards import PictureBook, Rollout, Weights, membership
-from couturier.components.alignment.social import SocialConfig, SocialReward
+from couturier.components.alignment.social import SocialReward
+from couturier.components.alignment.triplets import SocialConfig
 from couturier.components.data.formats import Catalogue, Windows
 from couturier.components.data.reuse import REUSE
 from couturier.components.errors import ConfigError

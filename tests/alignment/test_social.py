@@ -16,20 +16,8 @@ from couturier.components.alignment import align
 from couturier.components.alignment.distil import DistilConfig
 from couturier.components.alignment.grpo import GrpoConfig
 from couturier.components.alignment.rewards import Weights
-from couturier.components.alignment.social import (
-    SPLITS,
-    SocialConfig,
-    SocialReward,
-    Triplets,
-    accuracy,
-    fit,
-    hold_out,
-    mine,
-    prove,
-    right,
-    scorer,
-    untrained,
-)
+from couturier.components.alignment.social import PEOPLE, SocialReward, accuracy, fit, prove, right, scorer, untrained
+from couturier.components.alignment.triplets import SPLITS, SocialConfig, Triplets, hold_out, mine
 from couturier.components.data.formats import Catalogue
 from couturier.components.data.reuse import REUSE, reuse_of
 from couturier.components.errors import ConfigError, DataError
@@ -59,8 +47,13 @@ def community() -> tuple[Catalogue, pl.DataFrame, Tensor]:
     blank = np.zeros((items, 2, 2, 3), np.uint8)
     catalogue = Catalogue(items=frame, rgb_IHWC=blank, attributes=("kind", "brand"), attribution="")
     kept = (TRIED * torch.sigmoid(1.5 * features[:, 0])).round().long()
-    reuse = pl.DataFrame({"item_id": frame["item_id"], "tried": [TRIED] * items, "kept": kept.tolist()})
-    return catalogue, reuse, features
+    return catalogue, both_folds(frame["item_id"].to_list(), TRIED, kept.tolist()), features
+
+
+def both_folds(item_ids: list[str], tried: int, kept: list[int]) -> pl.DataFrame:
+    """Re-use, the same in both halves of the people."""
+    half = pl.DataFrame({"item_id": item_ids, "fold": 0, "tried": tried // 2, "kept": [count // 2 for count in kept]})
+    return pl.concat([half, half.with_columns(fold=pl.lit(1, pl.Int32))], how="vertical_relaxed")
 
 
 @pytest.fixture(scope="module")
@@ -79,15 +72,17 @@ def test_people_who_took_an_item_again_or_praised_it_came_back() -> None:
             "kind": ["purchase"] * 5 + ["view"] * 2,
         }
     )
-    assert reuse_of(events).row(0) == ("x", 4, 1)
+    found = reuse_of(events)
+    assert found.select("tried", "kept").sum().row(0) == (4, 1)
+    assert found["fold"].to_list() == [0, 1]
     liked = events.with_columns(kind=pl.when(pl.col("user_id") == "once").then(pl.lit("like")).otherwise("kind"))
-    assert reuse_of(liked).row(0) == ("x", 4, 2)
+    assert reuse_of(liked).select("tried", "kept").sum().row(0) == (4, 2)
 
 
 def test_pairs_are_of_one_prompt_and_differ_beyond_chance(
     community: tuple[Catalogue, pl.DataFrame, Tensor], triplets: Triplets
 ) -> None:
-    kept_I = torch.tensor(community[1]["kept"].to_list())
+    kept_I = torch.tensor(community[1].filter(pl.col("fold") == 0)["kept"].to_list()) * 2
     assert len(triplets) > PROMPTS * CREATORS
     assert torch.equal(triplets.prompt_I[triplets.kept_T], triplets.prompt_I[triplets.left_T])
     assert torch.equal(triplets.prompt_I[triplets.kept_T], triplets.prompt_T)
@@ -115,7 +110,7 @@ def test_the_fit_beats_the_untrained_on_new_prompts_and_creators(
 ) -> None:
     catalogue, reuse, features = community
     found = prove(catalogue, reuse, triplets, features, QUICK, seed=0)
-    for name in SPLITS:
+    for name in (*SPLITS, PEOPLE):
         fitted, controls = found[name], [found[f"{name}_{of}"] for of in ("untrained", "popularity", "attributes")]
         assert isinstance(fitted, list) and fitted[0] > 0.85
         assert all(isinstance(control, list) and fitted[1] > control[2] for control in controls), name
@@ -160,8 +155,8 @@ def test_as_a_reward_it_compares_pictures_of_one_kind(community: tuple[Catalogue
 
 def test_what_cannot_be_compared_is_named(community: tuple[Catalogue, pl.DataFrame, Tensor]) -> None:
     catalogue, reuse, _ = community
-    with pytest.raises(DataError, match=r"no two items of one kind differ.*rl\.weights\.social at 0"):
-        mine(catalogue, reuse.with_columns(kept=pl.lit(10)), QUICK, seed=0)
+    with pytest.raises(DataError, match=r"no two items of one prompt differ.*rl\.weights\.social at 0"):
+        SocialReward(catalogue, reuse.with_columns(kept=pl.lit(10)), community[2], QUICK, seed=0)
     with pytest.raises(ConfigError, match=r"rl\.social\.creator is 'colour'.*kind, brand"):
         mine(catalogue, reuse, dataclasses.replace(QUICK, creator="colour"), seed=0)
     with pytest.raises(ConfigError, match=r"rl\.social\.held_out is 0"):
@@ -172,9 +167,7 @@ def test_stage_rl_rewards_it_where_it_has_a_weight(started: Path) -> None:
     """The even items of every kind are those that people come back to."""
     items = Catalogue.load(started / "sequences").item_ids
     kept = [180 if i % 2 == 0 else 40 for i in range(len(items))]
-    pl.DataFrame({"item_id": items, "tried": [200] * len(items), "kept": kept}).write_parquet(
-        started / "sequences" / REUSE
-    )
+    both_folds(items, 200, kept).write_parquet(started / "sequences" / REUSE)
     config = dataclasses.replace(
         CONFIG,
         weights=Weights(social=1, slate=0, coverage=0, judge=0, copying=0, validity=0, dissimilarity=0),
@@ -188,4 +181,4 @@ def test_stage_rl_rewards_it_where_it_has_a_weight(started: Path) -> None:
     value = curve["value"].to_numpy()
     assert value[-4:].mean() > value[:3].mean() + 0.3
     found = ctx.facts["social_accuracy"]
-    assert found["prompts_pairs"] > 0 and found["creators_pairs"] == 0
+    assert found["prompts_pairs"] > 0 and found["creators_pairs"] == 0 and found["people_pairs"] > 0

@@ -132,6 +132,26 @@ def test_who_reads_the_title_decides_it(catalogue: Catalogue) -> None:
         assert word in title.text and normalised(title.text) in normalised(titler.source(0))
 
 
+class Backwards(Extractor):
+    """Proposes the same phrases the other way round."""
+
+    def propose(self, source: str, candidates: Sequence[str], count: int) -> list[str]:
+        return super().propose(source, candidates, count)[::-1]
+
+
+def test_titles_are_compared_alike_in_both_orders(catalogue: Catalogue) -> None:
+    """A title is worth what it is worth, whichever stood first: no bias by position."""
+    forwards = Titler(catalogue, PHRASES)
+    backwards = Titler(catalogue, PHRASES, writer=Backwards(forwards.frequencies))
+    for item in range(len(SAID)):
+        assert forwards.proposals(item) == backwards.proposals(item)[::-1]
+
+        def reward(titles: list[str]) -> Tensor:
+            return torch.tensor([float(sum(map(ord, title)) % 101) for title in titles])
+
+        assert forwards.title(item, [], reward).text == backwards.title(item, [], reward).text
+
+
 class Counting:
     """A writer that counts how often it is asked."""
 
