@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaModel, apply_rotary_pos_emb
 
 from couturier.components.errors import ConfigError
-from couturier.components.generator.janus import JanusGenerator
+from couturier.components.generator.language import LanguageGenerator
 from couturier.components.generator.prompt import Prompts
 from couturier.kernels.attention_stats import AttentionStats, attention_stats
 
@@ -116,7 +116,7 @@ class CreditConfig:
 
 
 def credited(
-    generator: JanusGenerator, prompts: Prompts, codes_UnL: Tensor, advantage_Un: Tensor, config: CreditConfig
+    generator: LanguageGenerator, prompts: Prompts, codes_UnL: Tensor, advantage_Un: Tensor, config: CreditConfig
 ) -> tuple[Tensor, dict[str, float]]:
     """The advantage of each code, and figures about it.
 
@@ -182,7 +182,7 @@ def weights(waad_L: Tensor, influence_L: Tensor, config: CreditConfig) -> tuple[
 
 @torch.no_grad()
 def looks(
-    generator: JanusGenerator, prompts: Prompts, codes_UnL: Tensor, config: CreditConfig
+    generator: LanguageGenerator, prompts: Prompts, codes_UnL: Tensor, config: CreditConfig
 ) -> tuple[Tensor, Tensor]:
     """WAAD over local heads and FAI over global ones, of each code: two ``[U, n, L]``, float32.
 
@@ -191,10 +191,10 @@ def looks(
     global.
     """
     u, n, length = codes_UnL.shape
-    lm = generator.model.model.language_model
+    lm = generator.lm
     # Teacher forcing leaves the last code out, since nothing follows; here it is looked at too.
     rows_of = queries_and_keys(
-        lm, middle_layers(len(lm.layers), config.layers), lambda: generator.logits(prompts, F.pad(codes_UnL, (0, 1)))
+        lm, middle_layers(len(generator.layers), config.layers), lambda: generator.logits(prompts, F.pad(codes_UnL, (0, 1)))
     )
     start_U = prompts.ids_UP.shape[1] - prompts.mask_UP.sum(1)
     found = [_stats(q, k, start_U, (n, length), config.distances(length)) for q, k in rows_of]

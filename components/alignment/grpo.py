@@ -248,7 +248,7 @@ class Grpo:
             mine = {name: value[own] for name, value in parts["batch"].items()}
             rows = mine.pop("rows").numpy()
             values = {name: float(value) for name, value in sorted(parts["value"].items())}
-            self.batch = _Batch(rows=rows, values=values, **mine)  # type: ignore[arg-type]
+            self.batch = _Batch(rows=rows, values=values, **mine)
 
 
 def _log_prob(logits_UnLK: Tensor, codes_UnL: Tensor) -> Tensor:
