@@ -193,9 +193,8 @@ def looks(
     u, n, length = codes_UnL.shape
     lm = generator.lm
     # Teacher forcing leaves the last code out, since nothing follows; here it is looked at too.
-    rows_of = queries_and_keys(
-        lm, middle_layers(len(generator.layers), config.layers), lambda: generator.logits(prompts, F.pad(codes_UnL, (0, 1)))
-    )
+    middle = middle_layers(len(generator.layers), config.layers)
+    rows_of = queries_and_keys(lm, middle, lambda: generator.logits(prompts, F.pad(codes_UnL, (0, 1))))
     start_U = prompts.ids_UP.shape[1] - prompts.mask_UP.sum(1)
     found = [_stats(q, k, start_U, (n, length), config.distances(length)) for q, k in rows_of]
     span_NM = torch.cat([one.span_BHR.mean(-1) for one in found], 1)
@@ -207,7 +206,7 @@ def looks(
     return waad_NL.float().view(u, n, length), influence_NL.float().view(u, n, length)
 
 
-def queries_and_keys(lm: LlamaModel, layers: Sequence[int], run: Callable[[], object]) -> list[tuple[Tensor, Tensor]]:
+def queries_and_keys(lm: nn.Module, layers: Sequence[int], run: Callable[[], object]) -> list[tuple[Tensor, Tensor]]:
     """Run something that calls the language model once, and return the queries and keys that attention had in some of
     its layers, positions rotated: ``[B, H, T, d]`` and ``[B, G, T, d]``."""
     kept: dict[str, Tensor | tuple[Tensor, Tensor]] = {}
@@ -218,8 +217,9 @@ def queries_and_keys(lm: LlamaModel, layers: Sequence[int], run: Callable[[], ob
 
         return hook
 
-    attentions = [cast(LlamaAttention, lm.layers[i].self_attn) for i in layers]
-    watched: list[tuple[str, nn.Module]] = [("rotary", lm.rotary_emb)]
+    llama = cast(LlamaModel, lm)  # or one whose parts have the same names
+    attentions = [cast(LlamaAttention, llama.layers[i].self_attn) for i in layers]
+    watched: list[tuple[str, nn.Module]] = [("rotary", llama.rotary_emb)]
     for i, attention in enumerate(attentions):
         watched += [(f"q {i}", attention.q_proj), (f"k {i}", attention.k_proj)]
     hooks = [module.register_forward_hook(keep(name)) for name, module in watched]
