@@ -32,7 +32,7 @@ class LoraSettings:
 
     rank: int = 8
     """The published number."""
-    alpha: float = 16.0
+    alpha: int = 16
     """The published number: an adapter adds ``alpha / rank * B A``."""
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ class AdaptedGenerator(PigeonGenerator):
             )
         try:
             from peft import LoraConfig, LoraModel
-            from peft.tuners.lora import LoraLayer
+            from peft.tuners.lora import Linear
         except ModuleNotFoundError as error:
             raise MissingExtraError("peft", extra="train", needed_for="rl.method=pigeon") from error
         self.model.requires_grad_(False)
@@ -83,8 +83,8 @@ class AdaptedGenerator(PigeonGenerator):
         with global_seed(seed, "adapters"):
             both = LoraModel(self.model, {POLICY: settings, REFERENCE: settings}, POLICY)
             both.inject_adapter(self.model, REFERENCE)
-        self._layers: dict[str, LoraLayer] = {
-            name: module for name, module in self.model.named_modules() if isinstance(module, LoraLayer)
+        self._layers: dict[str, Linear] = {
+            name: module for name, module in self.model.named_modules() if isinstance(module, Linear)
         }
         self.copy_policy()
         self.use(POLICY)

@@ -84,7 +84,7 @@ class PigeonGenerator(JanusGenerator):
         super().__init__(base.model, base.prompts, base.features_ITF, codes=base.codes_per_picture, source=base.source)
         self.register_buffer("codes_IL", codes_IL, persistent=False)
         self.reference, self.shelf = config, shelf
-        width = base.model.config.text_config.hidden_size
+        width = base.model.model.language_model.config.hidden_size
         with global_seed(seed, "pigeon"):
             self.masks = MaskGenerator(width, codes_IL.shape[1], heads=config.heads, dropout=config.dropout)
             self.adapter = ReferenceAdapter(width, codes_IL.shape[1], config.hidden)

@@ -35,7 +35,7 @@ SMALL = dataclasses.replace(
         batch=8,
         lr=1e-2,
         reference=ReferenceConfig(heads=2, hidden=32),
-        lora=LoraSettings(rank=4, alpha=8.0),
+        lora=LoraSettings(rank=4, alpha=8),
         shelf_windows=60,
         shelf_steps=20,
         pairs=PairsConfig(steps=8, windows=32, valid_windows=18, batch=4, floor=-1.0, margin=0.0),
