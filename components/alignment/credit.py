@@ -191,6 +191,11 @@ def looks(
     global.
     """
     u, n, length = codes_UnL.shape
+    if any(generator.embed_mark(at) is not None for at in range(length)):
+        raise ConfigError(
+            f"rl.credit.kind is {config.kind!r}, which looks at a picture's codes alone; this family reads marks "
+            "between its rows. Set rl.credit.kind=uniform."
+        )
     lm = generator.lm
     # Teacher forcing leaves the last code out, since nothing follows; here it is looked at too.
     middle = middle_layers(len(generator.layers), config.layers)

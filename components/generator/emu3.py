@@ -119,6 +119,11 @@ class Emu3Generator(LanguageGenerator):
         self.product_dtype, self.codes_per_picture = source.dtype, codes_IL.shape[1]
         self.edge = round(self.codes_per_picture**0.5)
         words = model.config.vocabulary_map
+        if not words or END_OF_ROW not in words:
+            raise ConfigError(
+                f"the config of {source.base!r} has no vocabulary_map with picture tokens; give an Emu3 in the layout "
+                "of transformers (its name ends in -hf)."
+            )
         self.end_of_row = int(words[END_OF_ROW])
         tokens = sorted((name, token) for name, token in words.items() if name.startswith("<|visual token"))
         self.register_buffer("codes_IL", codes_IL, persistent=False)

@@ -56,7 +56,7 @@ class GeneratorConfig:
     """Of a published model: "bfloat16" holds frozen weights, and makes products, in that type."""
     lora_rank: int = 0
     """Of a published model: 0 learns every weight; else adapters of that rank learn, beside frozen weights."""
-    lora_alpha: float = 32.0
+    lora_alpha: int = 32
     """Adapters count alpha / rank."""
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Projections of the language model that get adapters."""

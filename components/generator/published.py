@@ -134,6 +134,7 @@ def open_published(kind: Any, config: GeneratorConfig) -> tuple[Any, PreTrainedT
 def prepare(model: Any, config: GeneratorConfig) -> None:
     """Adapters and checkpointing as the settings say, in place."""
     if config.lora_rank:
+        model.to(dtype_of(config.dtype))
         add_adapters(model, rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_targets)
     if config.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -144,7 +145,7 @@ def dtype_of(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def add_adapters(model: nn.Module, *, rank: int, alpha: float, targets: tuple[str, ...]) -> None:
+def add_adapters(model: nn.Module, *, rank: int, alpha: int, targets: tuple[str, ...]) -> None:
     """Lay adapters beside the chosen projections of the language model, in place; nothing else learns from then on.
 
     Raises:

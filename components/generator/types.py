@@ -1,9 +1,10 @@
 """What every generator can do, whichever family it is of, how a saved one is opened, and the second family's settings
 (here, so that naming them does not import diffusers).
 
-Two families: an any-to-any language model that writes a picture's codes one after the other
-(:mod:`couturier.components.generator.janus`), and a diffusion model that denoises them all at once
-(:mod:`couturier.components.generator.diffusion`). Evaluation, serving and the watcher of RL need no more than this.
+Two kinds: an any-to-any language model that writes a picture's codes one after the other
+(:mod:`couturier.components.generator.janus`, :mod:`couturier.components.generator.emu3`), and a diffusion model that
+denoises them all at once (:mod:`couturier.components.generator.diffusion`). Evaluation, serving and the watcher of RL
+need no more than this.
 
 Legend: U users, n pictures a user, L codes a picture, K favourites.
 """

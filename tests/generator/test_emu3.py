@@ -8,10 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
-from transformers import Emu3Config, Emu3ForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import Emu3ForConditionalGeneration
 
 from couturier.components.data.formats import Catalogue
 from couturier.components.errors import ConfigError
@@ -21,77 +18,26 @@ from couturier.components.generator.emu3 import (
     END_OF_FRAME,
     END_OF_ROW,
     FOLLOWS,
-    PLACEHOLDER,
     START,
     Emu3Codec,
     Emu3Generator,
 )
 from couturier.components.generator.janus import GeneratorConfig
 from couturier.components.generator.memory import Work, estimate, shape_of
-from couturier.components.generator.prompt import SPECIAL, describe
+from couturier.components.generator.prompt import SPECIAL
 from couturier.components.generator.published import check_settings
 from couturier.components.generator.tokenise import pictures, published_codec
 from couturier.components.generator.types import load_generator
 
-CODEBOOK, EDGE, PIXELS = 24, 3, 12
+from .published import CODEBOOK, publish_emu3
+
+EDGE, PIXELS = 3, 12
 HISTORY = np.array([[1, 2], [3, -1]])
-
-
-def emu3_tokenizer(catalogue: Catalogue) -> PreTrainedTokenizerFast:
-    """Word level, with the marks of the published tokenizer."""
-    phrases = sorted({phrase for line in describe(catalogue) for phrase in line.split(", ")})
-    visual = [f"<|visual token {i:06d}|>" for i in range(CODEBOOK)]
-    marks = [START, FOLLOWS, END_OF_FRAME, END, PLACEHOLDER, END_OF_ROW]
-    sizes = [f"{edge}*{edge}" for edge in range(1, 9)]
-    names = [*SPECIAL.values(), *marks, "User", "Assistant", *sizes, *visual, *phrases]
-    tokenizer = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token=SPECIAL["unk_token"]))
-    tokenizer.pre_tokenizer = Split(Regex(", "), behavior="removed")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
-    fast.add_special_tokens({"additional_special_tokens": marks})
-    return fast
-
-
-def publish(catalogue: Catalogue, folder: Path) -> str:
-    """Write an untrained Emu3 as a hub holds it: config, tokenizer, weights, codec included."""
-    tokenizer = emu3_tokenizer(catalogue)
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "attention_dropout": 0.0,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    vq = {
-        "codebook_size": CODEBOOK,
-        "base_channels": 32,
-        "channel_multiplier": [1, 1, 2],
-        "num_res_blocks": 1,
-        "attn_resolutions": [],
-        "hidden_size": 64,
-        "temporal_downsample_factor": 2,
-    }
-    torch.manual_seed(0)
-    config = Emu3Config(text_config=text, vq_config=vq, vocabulary_map=tokenizer.get_vocab())
-    model = Emu3ForConditionalGeneration(config)
-    with torch.no_grad():  # fresh weights of the published scale are too small for a tiny model to tell anything apart
-        for value in model.model.text_model.parameters():
-            if value.ndim == 2:
-                value.normal_(std=value.shape[1] ** -0.5)
-        model.lm_head.weight.normal_(std=0.3)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
 def base(catalogue: Catalogue, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return publish(catalogue, tmp_path_factory.mktemp("emu3"))
+    return publish_emu3(catalogue, tmp_path_factory.mktemp("emu3"))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import JanusConfig, JanusForConditionalGeneration
 
 from couturier.components.data.formats import Catalogue
 from couturier.components.errors import ConfigError
@@ -17,20 +16,14 @@ from couturier.components.generator.memory import Memory, Work, estimate, free_b
 from couturier.components.generator.published import tell_memory
 
 from .conftest import CODEBOOK, tiny_generator
+from .published import publish_janus
 
 TARGETS = ("q_proj", "v_proj")
 
 
 @pytest.fixture(scope="module")
 def base(catalogue: Catalogue, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny Janus as a hub holds it."""
-    folder = tmp_path_factory.mktemp("published")
-    generator = tiny_generator(catalogue)
-    facts = generator.model.config.to_dict()
-    facts["vision_config"] |= {"patch_size": 8, "num_image_tokens": 4}
-    JanusForConditionalGeneration(JanusConfig(**facts)).save_pretrained(folder)
-    generator.prompts.tokenizer.save_pretrained(folder)
-    return str(folder)
+    return publish_janus(tiny_generator(catalogue), tmp_path_factory.mktemp("published"))
 
 
 def opened(base: str, catalogue: Catalogue, **changes: object) -> JanusGenerator:
