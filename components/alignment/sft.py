@@ -117,8 +117,8 @@ def build_generator(config: Config, ctx: StageContext, catalogue: Catalogue) -> 
         if chosen.family == "emu3":
             from couturier.components.generator.emu3 import Emu3Generator
 
-            return Emu3Generator.published(chosen, catalogue, codes_IL)
-        return JanusGenerator.published(chosen, catalogue)
+            return Emu3Generator.published(chosen, catalogue, codes_IL, seed=config.seed)
+        return JanusGenerator.published(chosen, catalogue, seed=config.seed)
     if chosen.base:
         raise ConfigError(
             f"sft.generator.base is {chosen.base!r}, a Janus, but sft.generator.family is {chosen.family!r}. "

@@ -130,16 +130,19 @@ class Emu3Generator(LanguageGenerator):
         self.register_buffer("token_K", torch.tensor([token for _, token in tokens]), persistent=False)
 
     @classmethod
-    def published(cls, config: GeneratorConfig, catalogue: Catalogue, codes_IL: Tensor) -> Emu3Generator:
+    def published(
+        cls, config: GeneratorConfig, catalogue: Catalogue, codes_IL: Tensor, *, seed: int = 0
+    ) -> Emu3Generator:
         """A published Emu3 from a hub name or a folder in the published layout; its codec is loaded apart.
 
         Args:
             codes_IL: of the catalogue's pictures, from :class:`Emu3Codec`.
+            seed: of fresh adapters.
 
         Raises:
             ConfigError: no such model, or a prompt that its window does not hold.
         """
-        model, tokenizer = open_published(Emu3ForConditionalGeneration, config)
+        model, tokenizer = open_published(Emu3ForConditionalGeneration, config, seed=seed)
         _drop_codec(model)
         edge = round(codes_IL.shape[1] ** 0.5)
         size = f"{START}{edge}*{edge}{FOLLOWS}"

@@ -162,10 +162,10 @@ class JanusGenerator(LanguageGenerator):
         return cls(model, prompts, _understand(model, catalogue), codes=codes).freeze_eyes()
 
     @classmethod
-    def published(cls, config: GeneratorConfig, catalogue: Catalogue) -> JanusGenerator:
+    def published(cls, config: GeneratorConfig, catalogue: Catalogue, *, seed: int = 0) -> JanusGenerator:
         """A published Janus from a hub name or a folder in the published layout; its codec is loaded apart
         (:class:`~couturier.components.generator.janus_codec.JanusCodec`)."""
-        model, tokenizer = open_published(JanusForConditionalGeneration, config)
+        model, tokenizer = open_published(JanusForConditionalGeneration, config, seed=seed)
         vision, vq = model.model.vision_model.config, model.model.vqmodel.config
         _drop_codec(model)
         prompts = PromptBuilder(

@@ -32,6 +32,7 @@ from couturier.components.generator.memory import (
     require,
     shape_of,
 )
+from couturier.components.runtime import global_seed
 
 if TYPE_CHECKING:
     from couturier.components.generator.janus import GeneratorConfig
@@ -108,11 +109,12 @@ def family_of(base: str) -> str:
     return str(config_of(base).model_type)
 
 
-def open_published(kind: Any, config: GeneratorConfig) -> tuple[Any, PreTrainedTokenizerBase]:
+def open_published(kind: Any, config: GeneratorConfig, *, seed: int = 0) -> tuple[Any, PreTrainedTokenizerBase]:
     """Model and tokenizer of ``config.base``, the model ready to learn.
 
     Args:
         kind: a class of transformers with ``from_pretrained``.
+        seed: of fresh adapters.
 
     Raises:
         ConfigError: neither a folder with such a model nor a reachable hub name.
@@ -127,15 +129,16 @@ def open_published(kind: Any, config: GeneratorConfig) -> tuple[Any, PreTrainedT
             f"sft.generator.base is {config.base!r}, which is neither a folder with such a model nor a reachable hub "
             f"name ({str(error).splitlines()[0]}). Give a folder, or leave it empty for the tiny model."
         ) from error
-    prepare(model, config)
+    prepare(model, config, seed=seed)
     return model, tokenizer
 
 
-def prepare(model: Any, config: GeneratorConfig) -> None:
+def prepare(model: Any, config: GeneratorConfig, *, seed: int = 0) -> None:
     """Adapters and checkpointing as the settings say, in place."""
     if config.lora_rank:
         model.to(dtype_of(config.dtype))
-        add_adapters(model, rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_targets)
+        with global_seed(seed, "adapters"):
+            add_adapters(model, rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_targets)
     if config.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
 

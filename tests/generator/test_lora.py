@@ -55,6 +55,8 @@ def nats(generator: LanguageGenerator) -> torch.Tensor:
 def test_adapters_start_at_the_published_model_and_learn_alone(base: str, catalogue: Catalogue) -> None:
     plain, adapted = opened(base, catalogue), opened(base, catalogue, lora_rank=2)
     torch.testing.assert_close(nats(plain), nats(adapted))
+    again = opened(base, catalogue, lora_rank=2).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in adapted.state_dict().items())
     before = {name: value.clone() for name, value in adapted.state_dict().items()}
     losses = learn(adapted.train())
     assert losses[-1] < losses[0] - 0.05
