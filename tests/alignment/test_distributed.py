@@ -67,13 +67,15 @@ ALIGN = align.Config(
 def tuned(ctx: StageContext, config: sft.Config) -> Callable[[], None]:
     """Fine-tuning: everything is read now, and done when asked."""
     learner = sft._Learner(ctx, config)
+    generator = learner.generator
+    assert isinstance(generator, LanguageGenerator)
 
     def work() -> None:
-        spread(learner.generator, config.strategy)
-        parameters = learner.generator.parameters_to_train()
+        spread(generator, config.strategy)
+        parameters = generator.parameters_to_train()
         phases: list[Phase] = [sft._Grounding(learner), sft._Tuning(learner)]
-        loop = Loop(ctx, "sft", learner.generator, parameters, phases, learner.random, LoopConfig(checkpoint_every=5))
-        finish(ctx, loop, learner.generator, config.strategy)
+        loop = Loop(ctx, "sft", generator, parameters, phases, learner.random, LoopConfig(checkpoint_every=5))
+        finish(ctx, loop, generator, config.strategy)
 
     return work
 
