@@ -77,7 +77,7 @@ class PairsConfig:
 class PigeonConfig:
     """Both stages."""
 
-    steps: int = 400
+    steps: int = 600
     """Of masked reconstruction; published: 2,975 of the batch below."""
     batch: int = 32
     """Windows a step, one target each; published: 16."""

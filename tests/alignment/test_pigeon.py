@@ -34,7 +34,7 @@ SMALL = dataclasses.replace(
         steps=12,
         batch=8,
         lr=1e-2,
-        reference=ReferenceConfig(heads=2, hidden=32),
+        reference=ReferenceConfig(ratio=0.5, heads=2, hidden=32),
         lora=LoraSettings(rank=4, alpha=8),
         shelf_windows=60,
         shelf_steps=20,

@@ -34,7 +34,7 @@ CONFIG = align.Config(
         steps=400,
         batch=24,
         lr=1e-2,
-        reference=ReferenceConfig(heads=2, hidden=64),
+        reference=ReferenceConfig(ratio=0.5, heads=2, hidden=64),
         shelf_windows=120,
         shelf_steps=100,
         pairs=PairsConfig(steps=60, windows=320, valid_windows=72),
