@@ -116,6 +116,7 @@ def imitation_loss(
         prefix_LI: of :func:`prefixes`.
     """
     u, targets = items_UT.shape
+    items_UT, p_UI, codes_IL, prefix_LI = (one.to(logits_UTLK.device) for one in (items_UT, p_UI, codes_IL, prefix_LI))
     lp_UTLK = logits_UTLK.float().log_softmax(-1)
     total = lp_UTLK.new_zeros(())
     for t, prefix_I in enumerate(prefix_LI):

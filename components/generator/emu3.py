@@ -126,8 +126,9 @@ class Emu3Generator(LanguageGenerator):
             )
         self.end_of_row = int(words[END_OF_ROW])
         tokens = sorted((name, token) for name, token in words.items() if name.startswith("<|visual token"))
-        self.register_buffer("codes_IL", codes_IL, persistent=False)
-        self.register_buffer("token_K", torch.tensor([token for _, token in tokens]), persistent=False)
+        self.register_buffer("codes_IL", codes_IL.to(model.device), persistent=False)
+        token_K = torch.tensor([token for _, token in tokens], device=model.device)
+        self.register_buffer("token_K", token_K, persistent=False)
 
     @classmethod
     def published(

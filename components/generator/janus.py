@@ -95,7 +95,7 @@ class JanusGenerator(LanguageGenerator):
         self.model, self.prompts, self.codes_per_picture = model, prompts, codes
         self.source = source or GeneratorConfig()
         self.product_dtype = self.source.dtype
-        self.register_buffer("features_ITF", features_ITF, persistent=False)
+        self.register_buffer("features_ITF", features_ITF.to(model.device), persistent=False)
 
     @classmethod
     def tiny(
@@ -321,7 +321,9 @@ def _understand(model: JanusForConditionalGeneration, catalogue: Catalogue, batc
     """Understanding features of every catalogue picture before the aligner, ``[I, tokens, F]``."""
     tower = model.model.vision_model.eval()
     parts = [
-        tower(to_tower(catalogue.rgb_IHWC[i : i + batch], tower.config.image_size).to(tower.dtype)).last_hidden_state
+        tower(
+            to_tower(catalogue.rgb_IHWC[i : i + batch], tower.config.image_size).to(tower.device, tower.dtype)
+        ).last_hidden_state
         for i in range(0, len(catalogue), batch)
     ]
     return torch.cat(parts)

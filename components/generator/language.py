@@ -145,7 +145,8 @@ class LanguageGenerator(nn.Module, ABC):
         """Log-probability of every code, float32 ``[U, n, L]``; ``prefix_UPD`` as in :meth:`logits`."""
         logits = self.logits(prompts, codes_UnL, prefix_UPD).float()
         codes = codes_UnL.flatten().to(logits.device)
-        return -F.cross_entropy(logits.flatten(0, -2), codes, reduction="none").view(codes_UnL.shape)
+        nats = F.cross_entropy(logits.flatten(0, -2), codes, reduction="none")
+        return -nats.view(codes_UnL.shape).to(codes_UnL.device)
 
     def loss(
         self, favourites_UK: np.ndarray | Tensor, codes_UnL: Tensor, *, keep_U: Tensor, random: torch.Generator
@@ -163,7 +164,7 @@ class LanguageGenerator(nn.Module, ABC):
         prompts = self.prompts.build(favourites_UK)
         if unconditional:
             prompts = prompts.unconditional(self.prompts.pad_id)
-        return -self.log_prob(prompts, codes_UnL).sum(-1).cpu()
+        return -self.log_prob(prompts, codes_UnL).sum(-1)
 
     def nll(self, favourites_UK: np.ndarray | Tensor, codes_UL: Tensor, *, unconditional: bool = False) -> Tensor:
         """Nats a picture ``[U]``; see :meth:`nats`."""

@@ -134,7 +134,9 @@ def open_published(kind: Any, config: GeneratorConfig, *, seed: int = 0) -> tupl
 
 
 def prepare(model: Any, config: GeneratorConfig, *, seed: int = 0) -> None:
-    """Adapters and checkpointing as the settings say, in place."""
+    """Adapters and checkpointing as the settings say, in place; a published model goes to the GPU if there is one."""
+    if config.base and torch.cuda.is_available():
+        model.to(torch.device("cuda", torch.cuda.current_device()))
     if config.lora_rank:
         model.to(dtype_of(config.dtype))
         with global_seed(seed, "adapters"):
