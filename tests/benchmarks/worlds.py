@@ -134,10 +134,12 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = {}
     if asked.out:
         asked.out.mkdir(parents=True, exist_ok=True)
-        if (asked.out / "worlds.json").exists():
-            rows = json.loads((asked.out / "worlds.json").read_text(encoding="utf-8"))
     for name in names() if asked.worlds == "all" else asked.worlds.split(","):
-        rows = dict(sorted((rows | {name: run(name, asked.seeds)}).items()))
+        row = run(name, asked.seeds)
+        # Read again each time: another run may have written its worlds meanwhile.
+        if asked.out and (asked.out / "worlds.json").exists():
+            rows = json.loads((asked.out / "worlds.json").read_text(encoding="utf-8"))
+        rows = dict(sorted((rows | {name: row}).items()))
         if asked.out:
             write(rows, asked.out)
     sys.stdout.write(markdown(rows))

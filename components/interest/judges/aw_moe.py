@@ -56,10 +56,11 @@ class AwMoeConfig(JudgeConfig):
     """F, hidden width of the attention, gate and activation units."""
     hidden: int = 32
     """Hidden width of an expert."""
-    contrast: float = 0.05
+    contrast: float = 0.2
     """Weight of the contrast between gates of whole and thinned histories; 0 for none."""
-    mask: float = 0.3
-    """Chance of a behaviour to be left out of a thinned history."""
+    mask: float = 0.8
+    """Chance of a behaviour to be left out of a thinned history: high, so that twenty-five become the long tail's five
+    (at 0.5 the contrast did not help in the planted world)."""
     temperature: float = 0.2
     """Of the contrast."""
     strangers: float = 0.03
@@ -122,6 +123,10 @@ class AwMoeJudge(ContentJudge):
         # Everybody starts with the usual gate: from gates near 0 experts learn next to nothing for hundreds of steps.
         nn.init.ones_(self.activation.bias)
         nn.init.constant_(self.gate.bias, 0.5)
+        # As DIN's, half as wide: the units multiply b and t, and a product of two small ones teaches them nothing for
+        # hundreds of steps, while nobody's gate yet differs from anybody else's.
+        nn.init.normal_(self.item.weight, std=0.5)
+        nn.init.zeros_(self.item.bias)
         centre_inputs(self.item, content.pictures_IP)
 
     def _encode(self, history: HistoryBatch) -> AwMoeState:
