@@ -23,6 +23,7 @@ from couturier.components.runtime import global_seed
 from ..conftest import StageOf
 from ..planted import World, category_of
 from ..worlds import multimodal as videos
+from ..worlds import multimodal_kinds, multimodal_surfaces
 
 ITEMS, VIEW = 30, 5
 PIECES = (f"picture:{VIEW}", f"audio:{VIEW}")
@@ -330,3 +331,17 @@ def test_the_only_modality_that_says_anything_is_named(tmp_path: Path) -> None:
 def test_new_items_are_known_by_content_alone(tmp_path: Path) -> None:
     found = videos.compare(2, tmp_path)
     assert abs(found.other_U.mean() - 0.5) < 0.02 and found.difference()[1] > 0.15
+
+
+@pytest.mark.slow
+def test_pictures_find_sounds_by_the_alignment(tmp_path: Path) -> None:
+    found = multimodal_surfaces.compare(0, tmp_path)
+    assert found.difference()[1] > 0.03
+
+
+@pytest.mark.slow
+def test_kinds_are_read_as_what_they_are() -> None:
+    """And without them the same judge is no better than one that never read any."""
+    found, judge, people = multimodal_kinds.run(0)
+    assert found.difference()[1] > 0.15 and found.ours_U.mean() > 0.93
+    assert multimodal_kinds.aucs(people, judge, seed=0, blind=True).mean() < found.other_U.mean() + 0.05

@@ -7,6 +7,8 @@ met cannot tell the two apart. The multimodal judge (arXiv 2509.04751) claims an
 commenting as what they are; the judge beside it reads the same histories without their kinds. Its target is what was
 liked or commented on, never what was skipped or viewed.
 
+What was found at seed 0: .960, attention .725, DIN .711; the multimodal judge with the kinds hidden from it .676.
+
 Letters: I items, X people, T history length, E examples, C candidates, P width of the content vectors.
 """
 
