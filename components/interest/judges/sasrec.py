@@ -20,22 +20,20 @@ A heads, E width of a head, S pool, I items, D features.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from couturier.components.errors import ConfigError, DataError
 from couturier.components.interest.base import ContentJudge, JudgeConfig, ranking_loss
 from couturier.components.interest.items import Content, FeatureConfig
 from couturier.components.interest.layers import centre_inputs
+from couturier.components.interest.softmax import softmax_in_pieces
 from couturier.components.interest.types import HistoryBatch, TrainBatch
-
-_PIECE = 1 << 19  # logits at a time, so that a piece stays in the cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,74 +323,4 @@ def next_softmax(next_: _Next, items_SW: Tensor, bias_S: Tensor, pool_S: Tensor 
         pool_S: which catalogue items they are; None for the whole catalogue in its order.
     """
     own_K = (next_.states_KW * next_.own_KW).sum(-1)
-    found: Tensor = _Softmax.apply(next_.states_KW, own_K, items_SW, bias_S, pool_S, next_.items_K, next_.share_K)
-    return found
-
-
-class _Softmax(torch.autograd.Function):
-    """The cross-entropy and its gradients in one pass over pieces: the ``[K, S]`` logits never exist as a whole."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        states_KW: Tensor,
-        own_K: Tensor,
-        items_SW: Tensor,
-        bias_S: Tensor,
-        pool_S: Tensor | None,
-        items_K: Tensor,
-        share_K: Tensor,
-    ) -> Tensor:
-        # In full width even in mixed precision: a log of a sum over a catalogue has no digits to give away.
-        with torch.autocast(states_KW.device.type, enabled=False):
-            total, *found = _cross_entropy(
-                states_KW.float(), own_K.float(), items_SW.float(), bias_S.float(), pool_S, items_K, share_K.float()
-            )
-        ctx.save_for_backward(*found)
-        ctx.dtypes = states_KW.dtype, own_K.dtype, items_SW.dtype
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        d_states, d_own, d_items = (
-            (grad * value).to(dtype) for value, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return d_states, d_own, d_items, None, None, None, None
-
-
-def _cross_entropy(
-    states: Tensor,
-    own: Tensor,
-    items: Tensor,
-    bias_S: Tensor,
-    pool_S: Tensor | None,
-    items_K: Tensor,
-    share_K: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and its gradients for the states, the own scores and the items."""
-    d_states, d_own, d_items = torch.zeros_like(states), torch.zeros_like(own), torch.zeros_like(items)
-    total = own.new_zeros(())
-    for piece in _pieces(len(states), len(items)):
-        logits = torch.addmm(bias_S, states[piece], items.T)
-        # The item itself is not among the others.
-        if pool_S is None:
-            logits.scatter_(1, items_K[piece, None], -torch.inf)
-        else:
-            logits.masked_fill_(pool_S == items_K[piece, None], -torch.inf)
-        top = torch.maximum(logits.amax(1), own[piece])
-        chance = logits.sub_(top[:, None]).exp_()
-        own_chance = (own[piece] - top).exp_()
-        mass = chance.sum(1) + own_chance
-        total += ((mass.log() + top - own[piece]) * share_K[piece]).sum()
-        rate = share_K[piece] / mass
-        chance.mul_(rate[:, None])
-        torch.mm(chance, items, out=d_states[piece])
-        d_items.addmm_(chance.T, states[piece])
-        d_own[piece] = own_chance * rate - share_K[piece]
-    return total, d_states, d_own, d_items
-
-
-def _pieces(rows: int, wide: int) -> Iterator[slice]:
-    step = max(1, _PIECE // max(1, wide))
-    return (slice(at, min(rows, at + step)) for at in range(0, rows, step))
+    return softmax_in_pieces(next_.states_KW, own_K, items_SW, bias_S, pool_S, next_.items_K, next_.share_K)
