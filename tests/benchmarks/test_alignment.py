@@ -74,7 +74,7 @@ def test_reward_curves_far_apart_are_told_from_curves_that_are_not() -> None:
 
 
 def test_the_methods_are_those_of_the_stage_and_a_wrong_one_is_named(tmp_path: Path) -> None:
-    assert methods.known() == ("base", *align.METHODS)
+    assert methods.known() == ("base", *align.METHODS, *methods.VARIANTS)
     with pytest.raises(ConfigError, match="method 'magic' is unknown; choose from base"):
         methods.compare(methods.Asked(workspace=tmp_path, methods=("magic",), seeds=(0,)), print)
     with pytest.raises(DataError, match="holds no finished evaluation; run `couturier retrain`"):
