@@ -33,6 +33,8 @@ from couturier.components.lineage.stages import MANIFEST, Artifact, ArtifactStor
 from couturier.components.lineage.workspace import Workspace
 from couturier.flows import recipes
 
+from . import ceiling
+
 BASE, ALIGNED = "base", "grpo"
 """``ALIGNED`` is what the evaluation calls the row of stage ``rl``, whatever its method."""
 VARIANTS = {
@@ -70,7 +72,7 @@ def known() -> tuple[str, ...]:
 
 def compare(asked: Asked, say: Callable[[str], None]) -> dict[str, Any]:
     """``rows``: metric → ``[mean, low, high]`` over people, values averaged over seeds first; ``minus_sft`` likewise;
-    ``against``: of each method, what its basket precision has over its own controls;
+    ``against``: of each method, what its basket precision has over its own controls; ``ceiling``: of none;
     ``seconds``: of each method's stage, mean over seeds; ``left_out``: methods that cannot run here, and why.
 
     Raises:
@@ -119,6 +121,7 @@ def compare(asked: Asked, say: Callable[[str], None]) -> dict[str, Any]:
             for method in seconds
         },
         "seconds": {method: float(np.mean(all_)) for method, all_ in seconds.items()},
+        "ceiling": ceiling.ceiling(store, inputs, recipes.named(asked.recipe, []).rl.prospect, seed=asked.seeds[0]),
         "left_out": left_out,
         "inputs": inputs,
         "seeds": list(asked.seeds),
@@ -267,6 +270,7 @@ def markdown(found: dict[str, Any], facts: dict[str, Any]) -> str:
     lines += ["| row | " + " | ".join(AGAINST) + " |", "|---|" + "---:|" * len(AGAINST)]
     for name, values in found["against"].items():
         lines.append(f"| {name} | " + " | ".join(_cell(values[row], sign="+") for row in AGAINST) + " |")
+    lines += ["", *ceiling.markdown(found["ceiling"])]
     return "\n".join([*lines, "", "Made by `tests/benchmarks/alignment.py`.", ""])
 
 
