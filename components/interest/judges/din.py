@@ -23,7 +23,7 @@ W width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -153,11 +153,7 @@ class DinJudge(ContentJudge):
         """The history as each candidate sees it, ``[U, C, W]``; zeros for an empty one."""
         if self.config.mean_pool:
             return self._mean(state)[:, None].expand_as(query_UCW)
-        return self._attended(state, query_UCW)[0]
-
-    def _attended(self, state: DinState, query_UCW: Tensor) -> tuple[Tensor, Tensor]:
-        """What the attention unit pools, ``[U, C, W]``, and the weight of every pair of candidate and behaviour."""
-        layers = [(layer.weight, layer.bias) for layer in self.unit if isinstance(layer, nn.Linear)]
+        layers, gates = self._unit()
         # In full width even in mixed precision: weights that are a small difference of scores need it.
         with torch.autocast(query_UCW.device.type, enabled=False):
             return mlp_attention(
@@ -165,10 +161,16 @@ class DinJudge(ContentJudge):
                 state.keys_NW.float(),
                 state.offsets,
                 layers,
-                activations=None if self.config.form == "din_code" else list(self.unit)[1::2],
+                activations=gates,
                 pooling=self.config.form,
-                return_weights=True,
             )
+
+    def _unit(self) -> tuple[list[tuple[Tensor, Tensor]], list[Callable[[Tensor], Tensor]] | None]:
+        """The attention unit's layers and activations, as the kernel takes them."""
+        layers = [(layer.weight, layer.bias) for layer in self.unit if isinstance(layer, nn.Linear)]
+        if self.config.form == "din_code":
+            return layers, None
+        return layers, [one.gate() if isinstance(one, Dice) else one for one in list(self.unit)[1::2]]
 
     def _mean(self, state: DinState) -> Tensor:
         """``[U, W]``, each behaviour counting by its weight."""
@@ -232,7 +234,16 @@ class DinJudge(ContentJudge):
             out_UT[real_UT] = state.weight_N.clamp_min(0)
             out_UT = out_UT / out_UT.sum(-1, keepdim=True).clamp_min(1e-6)
             return out_UT[:, None].expand_as(out_UCT)
-        out_UCT[real_UCT] = self._attended(state, query_UCW)[1]
+        layers, gates = self._unit()
+        out_UCT[real_UCT] = mlp_attention(
+            query_UCW,
+            state.keys_NW,
+            state.offsets,
+            layers,
+            activations=gates,
+            pooling=self.config.form,
+            return_weights=True,
+        )[1]
         return out_UCT
 
 
