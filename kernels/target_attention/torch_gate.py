@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from couturier.kernels import dispatch
 from couturier.kernels.jagged import Block, Places, blocks, pair_offsets
+from couturier.kernels.target_attention import native
 from couturier.kernels.target_attention.gate import DiceGate
 from couturier.kernels.target_attention.torch_mlp import First, FirstGrads
 
@@ -44,6 +45,8 @@ def attend(
     want_weights: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Pooled values ``[R, E]`` and weights ``[P]`` of the unit whose hidden layer has Dice."""
+    if not softmax and not want_weights and native.covers(first, keys_NH, values_NE, offsets, row_user, gate):
+        return native.attend(first, keys_NH, offsets, gate, last), None
     out: tuple[Tensor, Tensor | None] = _Unit.apply(
         *vars(first).values(),
         keys_NH,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from couturier.kernels import dispatch
-from couturier.kernels.target_attention import DiceGate, Pooling, mlp_attention, torch_gate, torch_impl
+from couturier.kernels.target_attention import DiceGate, Pooling, mlp_attention, native, torch_gate, torch_impl
 
 from .jagged_cases import Lists, error, shuffled_rows
 
@@ -58,7 +58,7 @@ def test_the_unit_in_one_function_and_all_its_gradients(
     monkeypatch.setattr(torch_gate, "_SPARE", block)
     found, wanted = (results(backend, dense, pooling, training, own=not dense) for backend in ("torch", "reference"))
     for name, value in wanted.items():  # some are 0 but for rounding: a softmax does not feel the scores' bias
-        torch.testing.assert_close(found[name], value, rtol=1e-11, atol=1e-11, msg=lambda text, name=name: name + text)
+        assert torch.allclose(found[name], value, rtol=1e-11, atol=1e-11), name
 
 
 def test_scoring_goes_block_by_block_to_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,3 +88,42 @@ def test_one_row_is_judged_by_what_was_seen_before() -> None:
     before = gate.mean_F.clone()
     assert bool(gate(lists.normal(1, 6)).isfinite().all())
     assert torch.equal(gate.mean_F, before)
+
+
+def step(backend: dispatch.Wish, dtype: torch.dtype) -> list[Tensor]:
+    """What a training step of the paper's unit gives, its gradients and the statistics it leaves."""
+    lists = Lists(lengths=LENGTHS, width=16, dtype=dtype)
+    queries, keys, layers = lists.normal(len(LENGTHS), 3, 16), lists.normal(sum(LENGTHS), 16), lists.layers(32)
+    mean_F, var_F = torch.zeros(32, dtype=dtype), torch.ones(32, dtype=dtype)
+    gate = DiceGate(alpha_F=lists.normal(32), mean_F=mean_F, var_F=var_F, training=True)
+    with dispatch.use(backend):
+        pooled = mlp_attention(queries, keys, lists.offsets, layers, activations=[gate], pooling="din_paper")
+    leaves = [queries, keys, gate.alpha_F, *(one for two in layers for one in two)]
+    grads = torch.autograd.grad((pooled * lists.normal(*pooled.shape)).sum(), leaves)
+    return [pooled, mean_F, var_F, *grads]
+
+
+@pytest.mark.skipif(native.library(32, 16) is None, reason="no C compiler")
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_compiled_unit_and_all_its_gradients(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(torch_impl, "_folds", lambda *sizes: True)
+    monkeypatch.setattr(native, "_LEAST", 0)
+    wanted = step("reference", torch.float64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        found, again, torch_s = step("auto", torch.float32), step("auto", torch.float32), step("torch", torch.float32)
+    finally:
+        torch.set_num_threads(before)
+    assert max(error(one, two) for one, two in zip(found, wanted, strict=True)) < 1e-5
+    assert all(torch.equal(one, two) for one, two in zip(found, again, strict=True))
+    assert not all(torch.equal(one, two) for one, two in zip(found, torch_s, strict=True)), "it was not compiled"
+
+
+def test_without_a_compiler_pytorch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_impl, "_folds", lambda *sizes: True)
+    monkeypatch.setattr(native, "_COMPILERS", ("no-such-compiler",))
+    monkeypatch.setattr(native, "_LEAST", 0)
+    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    found, wanted = step("auto", torch.float32), step("torch", torch.float32)
+    assert all(torch.equal(one, two) for one, two in zip(found, wanted, strict=True))

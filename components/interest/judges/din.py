@@ -37,7 +37,7 @@ from couturier.components.interest.items import Content, FeatureConfig
 from couturier.components.interest.layers import Dice, centre_inputs, mlp, time_bucket
 from couturier.components.interest.left_out import each_left_out
 from couturier.components.interest.types import HistoryBatch, TrainBatch
-from couturier.kernels.target_attention import mlp_attention
+from couturier.kernels.target_attention import Layer, mlp_attention
 
 _PAIRS = 1 << 21  # (candidate, behaviour) pairs scored at a time
 _AGES = 24
@@ -165,9 +165,9 @@ class DinJudge(ContentJudge):
                 pooling=self.config.form,
             )
 
-    def _unit(self) -> tuple[list[tuple[Tensor, Tensor]], list[Callable[[Tensor], Tensor]] | None]:
+    def _unit(self) -> tuple[list[Layer], list[Callable[[Tensor], Tensor]] | None]:
         """The attention unit's layers and activations, as the kernel takes them."""
-        layers = [(layer.weight, layer.bias) for layer in self.unit if isinstance(layer, nn.Linear)]
+        layers: list[Layer] = [(layer.weight, layer.bias) for layer in self.unit if isinstance(layer, nn.Linear)]
         if self.config.form == "din_code":
             return layers, None
         return layers, [one.gate() if isinstance(one, Dice) else one for one in list(self.unit)[1::2]]
