@@ -1,4 +1,4 @@
-"""The unit of ``torch_gate`` compiled for this processor (``gate.c``) where there is a C compiler; else PyTorch does it.
+"""The unit of ``torch_gate`` compiled for this processor (``gate.c``), where there is a C compiler.
 
 The compiler takes less than a second for a shape, so it is asked once a process, when a call is large enough; nothing
 is kept on disk. Whether a call comes here hangs on its sizes, the threads and the machine alone, so a resumed fit
@@ -149,9 +149,11 @@ class _Unit(torch.autograd.Function):
     @once_differentiable
     @dispatch.outside_autocast
     def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor | None, ...]:
-        *unit, alpha_F, weight_1F, offsets, hidden_PF, about_4F, score_P = ctx.saved_tensors
-        queries_RH, from_query_RF, _, product_FH, keys_NH = unit
-        kernels = _Kernels(*unit, offsets)
+        queries_RH, from_query_RF, from_key_FH, product_FH, keys_NH, alpha_F, weight_1F, offsets, *made = (
+            ctx.saved_tensors
+        )
+        hidden_PF, about_4F, score_P = made
+        kernels = _Kernels(queries_RH, from_query_RF, from_key_FH, product_FH, keys_NH, offsets)
         pairs, threads = kernels.pairs, kernels.threads
         d_score_P, d_keys_NH = torch.zeros_like(score_P), torch.empty_like(keys_NH)
         sums_T4F = about_4F.new_empty(threads, *about_4F.shape)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from couturier.components.errors import ConfigError
-from couturier.components.interest.base import ContentJudge, JudgeConfig
+from couturier.components.interest.base import ContentJudge, JudgeConfig, ranking_loss
 from couturier.components.interest.items import Content, FeatureConfig
 from couturier.components.interest.layers import Dice, centre_inputs, mlp, time_bucket
 from couturier.components.interest.left_out import each_left_out
@@ -135,8 +135,11 @@ class DinJudge(ContentJudge):
         return kinds[self.config.activation]()
 
     def _encode(self, history: HistoryBatch) -> DinState:
-        keys_NW = self.embedding(history.features_ND)
-        keys_NW = keys_NW + history.weight_N.clamp_min(1e-2).log()[:, None] * self.amount
+        return self._state(history, self.embedding(history.features_ND))
+
+    def _state(self, history: HistoryBatch, items_NW: Tensor) -> DinState:
+        """What is kept of histories whose items have been embedded."""
+        keys_NW = torch.addcmul(items_NW, history.weight_N.clamp_min(1e-2).log()[:, None], self.amount)
         if self.config.ages:
             keys_NW = keys_NW + self.ages(time_bucket(history.age_days_N, _AGES))
         return DinState(keys_NW=keys_NW, weight_N=history.weight_N, offsets=history.offsets)
@@ -146,8 +149,11 @@ class DinJudge(ContentJudge):
         step = max(1, _PAIRS // max(1, len(state) * longest))
         if torch.is_grad_enabled() or step >= candidates_UCD.shape[1]:
             query_UCW = self.embedding(candidates_UCD)
-            return self._logit(self.interest(state, query_UCW), query_UCW, self._item_bias(candidates_UCD))
+            return self._judged(state, query_UCW, candidates_UCD)
         return torch.cat([self._score(state, part) for part in candidates_UCD.split(step, dim=1)], dim=1)
+
+    def _judged(self, state: DinState, query_UCW: Tensor, candidates_UCD: Tensor) -> Tensor:
+        return self._logit(self.interest(state, query_UCW), query_UCW, self._item_bias(candidates_UCD))
 
     def interest(self, state: DinState, query_UCW: Tensor) -> Tensor:
         """The history as each candidate sees it, ``[U, C, W]``; zeros for an empty one."""
@@ -192,9 +198,19 @@ class DinJudge(ContentJudge):
         found_X: Tensor = self.head(torch.cat(known, dim=-1).flatten(0, -2)).view(interest_XW.shape[:-1])
         return found_X + bias_X
 
+    def _logits(self, batch: TrainBatch) -> Tensor:
+        """``[U, C]``; items are embedded once where they are shown as the catalogue has them and it is not large."""
+        history, catalogue_ID = batch.history, batch.catalogue_ID
+        if catalogue_ID is None or history.items_N is None or len(catalogue_ID) > len(history.features_ND):
+            return self._score(self._encode(history), batch.candidates_UCD)
+        items_IW = self.embedding(catalogue_ID)
+        state = self._state(history, items_IW.index_select(0, history.items_N))
+        query_UCW = items_IW.index_select(0, batch.items_UC.clamp_min(0).flatten()).unflatten(0, batch.items_UC.shape)
+        return self._judged(state, query_UCW, batch.candidates_UCD)
+
     def loss(self, batch: TrainBatch, noise: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The ranking loss, and mini-batch-aware L2 where it is asked for."""
-        loss, parts = super().loss(batch, noise)
+        loss, parts = ranking_loss(self._logits(batch), batch, self.config.bce)
         if not self.config.mba_l2 or not self.items.config.ids:
             return loss, parts
         held = [batch.items_UC.flatten()] + ([] if batch.history.items_N is None else [batch.history.items_N])

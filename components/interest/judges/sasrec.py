@@ -197,8 +197,11 @@ class SasrecJudge(ContentJudge):
         history = batch.history.newest(self.config.length)
         if history.items_N is None:
             raise DataError("sasrec learns which item came next: give the history its items_N.")
-        catalogue_ID = self.embed_items()
-        rows_NW = self.tower(history.features_ND)
+        catalogue_ID = self.embed_items() if batch.catalogue_ID is None else batch.catalogue_ID
+        # Items are projected once, where they are shown as the catalogue has them and it is projected anyway.
+        whole = batch.catalogue_ID is not None and self.config.loss == "softmax"
+        items_IW = self.tower(catalogue_ID) if whole else None
+        rows_NW = self.tower(history.features_ND) if items_IW is None else items_IW.index_select(0, history.items_N)
         states_NW = self._states(history, rows_NW, noise)
         last_UW = self._last(history, states_NW)
         taken_UP = batch.items_UC[:, : batch.positives]
@@ -207,24 +210,37 @@ class SasrecJudge(ContentJudge):
         before_NW = torch.where(first_N1[:, None], self.nothing, shift)
         next_ = _Next(
             states_KW=torch.cat([before_NW, last_UW.repeat_interleave(batch.positives, 0)]),
-            own_KW=torch.cat([rows_NW, self.tower(catalogue_ID[taken_UP.flatten()])]),
+            own_KW=torch.cat([rows_NW, self._projected(catalogue_ID, items_IW, taken_UP.flatten())]),
             items_K=torch.cat([history.items_N, taken_UP.flatten()]),
             share_K=torch.cat(
                 [last_UW.new_ones(len(before_NW)), last_UW.new_full((taken_UP.numel(),), 1 / batch.positives)]
             ),
         )
-        total = self._next_loss(next_, batch, catalogue_ID, noise)
+        total = self._next_loss(next_, batch, catalogue_ID, items_IW, noise)
         loss = total / (max(1, len(history)) * self.config.length)
         parts = {"next": (total / next_.share_K.sum().clamp_min(1)).detach()}
         shown_UCD = batch.candidates_UCD
-        if torch.equal(shown_UCD.detach(), catalogue_ID[batch.items_UC.clamp_min(0)].detach()):
+        if batch.catalogue_ID is not None or torch.equal(
+            shown_UCD.detach(), catalogue_ID[batch.items_UC.clamp_min(0)].detach()
+        ):
             return loss, parts
         shown, shown_parts = ranking_loss((self.tower(shown_UCD) @ last_UW[..., None])[..., 0], batch, self.config.bce)
         return loss + shown, parts | shown_parts
 
-    def _next_loss(self, next_: _Next, batch: TrainBatch, catalogue_ID: Tensor, noise: torch.Generator) -> Tensor:
+    def _projected(self, catalogue_ID: Tensor, items_IW: Tensor | None, items_K: Tensor) -> Tensor:
+        found_KW: Tensor = self.tower(catalogue_ID[items_K]) if items_IW is None else items_IW.index_select(0, items_K)
+        return found_KW
+
+    def _next_loss(
+        self,
+        next_: _Next,
+        batch: TrainBatch,
+        catalogue_ID: Tensor,
+        items_IW: Tensor | None,
+        noise: torch.Generator,
+    ) -> Tensor:
         if self.config.loss == "softmax":
-            items_IW = self.tower(catalogue_ID)
+            items_IW = self.tower(catalogue_ID) if items_IW is None else items_IW
             return next_softmax(next_, items_IW, items_IW.new_zeros(len(items_IW)), None)
         pool_S, log_q_S = batch.pool_S, batch.pool_log_q_S
         if pool_S is None or log_q_S is None:

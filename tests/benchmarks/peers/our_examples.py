@@ -152,6 +152,7 @@ class CtrExamples:
             items_UC=items_UC,
             candidates_UCD=items_ID[items_UC],
             positives=1,
+            catalogue_ID=items_ID,
         )
 
     @torch.no_grad()
@@ -211,6 +212,7 @@ class Moments:
             items_UC=items_UC,
             candidates_UCD=items_ID[items_UC.clamp_min(0)],
             positives=self.setting.positives,
+            catalogue_ID=items_ID,
         )
 
     def rows(self) -> list[int]:
