@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,18 @@ def test_states_are_of_what_can_be_read() -> None:
         judge.states(lived(judge, list(range(7))))
     with pytest.raises(DataError, match="time order"):
         judge.states(lived(judge, [1, 2], in_time_order=False))
+
+
+@pytest.mark.parametrize("loss", ["softmax", "gbce"])
+def test_a_catalogue_that_is_shown_as_it_is_gives_the_same_loss_and_gradients(loss: Literal["softmax", "gbce"]) -> None:
+    judge = made(replace(SMALL, loss=loss))
+    batch = batch_of(judge, [[1, 2, 3, 4, 5, 6, 7, 8], [9], []], [3, 4, 5], [6])
+    found = []
+    for catalogue_ID in (None, judge.embed_items()):
+        total, _ = judge.loss(replace(batch, catalogue_ID=catalogue_ID), seeded(0))
+        leaves = [judge.tower.weight, judge.items.identity.weight, judge.nothing]
+        found.append((total, *torch.autograd.grad(total, leaves, retain_graph=True)))
+    torch.testing.assert_close(*found)
 
 
 def rows_of_loss(seed: int, dtype: torch.dtype = torch.float32, *, scale: float = 1.0) -> tuple[_Next, torch.Tensor]:
