@@ -89,6 +89,8 @@ def choose(op: str, tensor: Tensor, *, uncovered: str | None = None) -> Backend:
     wanted = wish()
     if wanted in ("reference", "torch"):
         return cast(Backend, wanted)
+    if wanted == "auto" and not tensor.is_cuda:
+        return "torch"
     obstacle = _obstacle(tensor) or (f"its kernel does not cover {uncovered}" if uncovered else None)
     if wanted == "triton" and obstacle:
         raise BackendError(
@@ -97,7 +99,7 @@ def choose(op: str, tensor: Tensor, *, uncovered: str | None = None) -> Backend:
         )
     if wanted == "triton":
         return "triton"
-    return "triton" if tensor.is_cuda and obstacle is None else "torch"
+    return "triton" if obstacle is None else "torch"
 
 
 def implementation(op: str, tensor: Tensor, *, uncovered: str | None = None) -> ModuleType:

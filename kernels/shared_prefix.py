@@ -1,4 +1,5 @@
-"""Attention of many samples over one shared prefix: decoding steps, without copying the prefix's keys and values.
+"""Attention of many samples over one shared prefix: decoding steps, without copying the prefix's keys and values, and
+whole rows for training.
 
 When a model draws ``n`` samples for each of ``U`` users, all ``n`` read the same prompt. Keeping the prompt's keys and
 values once a user, not once a sample, divides that memory and its traffic by ``n``. The samples' own keys and values
@@ -12,7 +13,8 @@ gives them in several rows.
 
 Legend: U rows (users), n samples a row, H heads, G key/value heads (H a multiple of G), P prompt tokens, T tokens a
 sample has so far (the new one included), S slots of a row, d width of a head. Cost of a step: O(U n H (P + n T) d)
-multiply-adds, O(U G (P + n T) d) of memory traffic. Called by ``couturier.components.generator.decoding``.
+multiply-adds, O(U G (P + n T) d) of memory traffic. Called by ``couturier.components.generator.decoding`` and, for
+whole rows, ``couturier.components.generator.packed``.
 """
 
 from __future__ import annotations
@@ -71,15 +73,31 @@ class PrefixCache:
         layers: of the model.
         heads: G.
         like: a tensor ``[d]`` whose dtype and device the keys and values get.
+        all_at_once: attention will look at slots that are not filled yet, too.
     """
 
-    def __init__(self, mask_UP: Tensor, *, samples: int, tokens: int, layers: int, heads: int, like: Tensor) -> None:
+    def __init__(
+        self,
+        mask_UP: Tensor,
+        *,
+        samples: int,
+        tokens: int,
+        layers: int,
+        heads: int,
+        like: Tensor,
+        all_at_once: bool = True,
+    ) -> None:
         users, self.prompt = mask_UP.shape
         self.samples = samples
         self.bias_UnS = visible(mask_UP, samples=samples, tokens=tokens, dtype=like.dtype)
-        shape = (layers, users, heads, self.bias_UnS.shape[2], len(like))
+        slots, d = self.bias_UnS.shape[2], len(like)
         # Zeros, not whatever was there: a slot not yet filled weighs nothing, but nothing times NaN would be NaN.
-        self.k_lUGSd, self.v_lUGSd = like.new_zeros(shape), like.new_zeros(shape)
+        make = like.new_zeros if all_at_once else like.new_empty
+        self.v_lUGSd = make((layers, users, heads, slots, d))
+        # Products on a CPU read keys along the slots.
+        turned = like.device.type == "cpu"
+        shape = (layers, users, heads, *((d, slots) if turned else (slots, d)))
+        self.k_lUGSd = make(shape).transpose(3, 4) if turned else make(shape)
 
     def end(self, t: int) -> int:
         """How many slots are filled once every sample has ``t`` tokens."""
@@ -100,7 +118,57 @@ def shared_prefix_attention(q_UnHd: Tensor, k_UGSd: Tensor, v_UGSd: Tensor, bias
     users, n, heads, d = q_UnHd.shape
     kv = k_UGSd.shape[1]
     rep = heads // kv
-    q_UGrd = q_UnHd.view(users, n, kv, rep, d).permute(0, 2, 3, 1, 4).reshape(users, kv, rep * n, d)
-    bias = bias_UnS if rep == 1 else bias_UnS.repeat(1, rep, 1)
-    out = F.scaled_dot_product_attention(q_UGrd, k_UGSd, v_UGSd, attn_mask=bias[:, None])
+    if rep == 1 and not _by_products(q_UnHd):
+        # No copy on the way in nor, where the library lays its result out as the queries, on the way out.
+        q_UHnd = q_UnHd.transpose(1, 2)
+        return F.scaled_dot_product_attention(q_UHnd, k_UGSd, v_UGSd, attn_mask=bias_UnS[:, None]).transpose(1, 2)
+    q_UGmd = q_UnHd.view(users, n, kv, rep, d).permute(0, 2, 3, 1, 4).reshape(users, kv, rep * n, d)
+    if _by_products(q_UnHd):
+        scores = torch.bmm(q_UGmd.flatten(0, 1), k_UGSd.flatten(0, 1).transpose(1, 2)).view(users, heads, n, -1)
+        weight = torch.add(bias_UnS[:, None], scores, alpha=d**-0.5).softmax(-1)
+        out = torch.bmm(weight.view(users * kv, rep * n, -1), v_UGSd.flatten(0, 1))
+    else:
+        bias_UmS = bias_UnS.repeat(1, rep, 1)
+        out = F.scaled_dot_product_attention(q_UGmd, k_UGSd, v_UGSd, attn_mask=bias_UmS[:, None])
     return out.view(users, kv, rep, n, d).permute(0, 3, 1, 2, 4).reshape(users, n, heads, d)
+
+
+def _by_products(q_UnHd: Tensor) -> bool:
+    """On a CPU two plain products are a third faster than torch's own for so few queries."""
+    return q_UnHd.device.type == "cpu" and q_UnHd.dtype == torch.float32
+
+
+def packed_attention(q_UQHd: Tensor, k_UWGd: Tensor, v_UWGd: Tensor, mask_UP: Tensor, *, samples: int) -> Tensor:
+    """Attention over whole rows of a prompt and, behind it, ``n`` samples one after the other, with a gradient: the
+    prompt looks at itself causally, a sample at the prompt and causally at itself. Padding sees itself only.
+
+    A mask over the row would compute ``(P + n T)^2`` products; this does ``P^2 + n T (P + T)``.
+
+    Args:
+        q_UQHd: queries of the samples and, before them, of the prompt's last tokens: all, or as many as are wanted.
+        k_UWGd, v_UWGd: of the prompt and the samples, W = P + n T tokens.
+        mask_UP: True where a prompt token counts.
+        samples: n.
+
+    Returns:
+        ``[U, Q, H, d]``.
+    """
+    p, device = mask_UP.shape[1], mask_UP.device
+    own = (k_UWGd.shape[1] - p) // samples
+    first = q_UQHd.shape[1] - samples * own
+    rep = q_UQHd.shape[2] // k_UWGd.shape[2]
+    k, v = ((x if rep == 1 else x.repeat_interleave(rep, 2)).transpose(1, 2) for x in (k_UWGd, v_UWGd))
+    q = (q_UQHd * q_UQHd.shape[-1] ** -0.5).transpose(1, 2)
+    own_q, own_k, own_v = (x[:, :, -samples * own :].unflatten(2, (samples, own)) for x in (q, k, v))
+    causal_PP = torch.ones(p, p, dtype=torch.bool, device=device).tril()
+    keep_UPP = (causal_PP & mask_UP[:, None]) | torch.eye(p, dtype=torch.bool, device=device)
+    later_TT = torch.ones(own, own, dtype=torch.bool, device=device).triu(1)
+    low = float("-inf")
+    scores = q @ k[:, :, :p].transpose(-1, -2)
+    prompt = scores[:, :, :first].masked_fill(~keep_UPP[:, None, p - first :], low).softmax(-1)
+    onto_prompt = scores[:, :, first:].masked_fill(~mask_UP[:, None, None], low).unflatten(2, (samples, own))
+    onto_own = (own_q @ own_k.transpose(-1, -2)).masked_fill(later_TT, low)
+    weight = torch.cat([onto_prompt, onto_own], -1).softmax(-1)
+    mixed = torch.cat([prompt, weight[..., :p].flatten(2, 3)], 2) @ v[:, :, :p]
+    mixed_own = mixed[:, :, first:] + (weight[..., p:] @ own_v).flatten(2, 3)
+    return torch.cat([mixed[:, :, :first], mixed_own], 2).transpose(1, 2)

@@ -1,7 +1,7 @@
 """Personalised preference fine-tuning of the diffusion generator (PPD, Dang et al., arXiv 2501.06655).
 
     history ─▶ four pairs: a favourite, something popular that was passed over ─▶ user embedding ─┐
-    next basket ─▶ what was taken, something popular that was not ─▶ one noise, one noise level ──┴▶ denoiser with it
+    reward ─▶ what should be drawn, what the base model draws ─▶ one noise, one noise level ──────┴▶ denoiser with it
                                                                               └────────────▶ denoiser without it
 
 One model is aligned with everybody at once, since it is told whose preference counts. The loss is Diffusion-DPO
@@ -11,7 +11,7 @@ has too little to say through what PPD adds alone.
 
 Errors are weighted as in the likelihood integral (:meth:`Denoiser.error_nats`), so that ``beta`` counts nats, as in DPO
 of language models; the paper's code weighs all levels alike and takes beta in the thousands. Which pairs are mined from
-behaviour logs is ours, since people here rate nothing: they take, or they pass over.
+behaviour logs is ours, since people here rate nothing: they take, or they pass over, and a reward says the rest.
 
 Legend: U users, n pictures a user, N = U * n, L codes a picture, K favourites, I items, E user tokens, W width,
 P pairs.
@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from couturier.components.alignment.batches import WindowSampler
+from couturier.components.alignment.distil import draw_evenly
 from couturier.components.alignment.loop import Step
 from couturier.components.alignment.rewards import membership, score
 from couturier.components.alignment.scene import Scene
@@ -41,7 +42,7 @@ from couturier.components.together import share
 if TYPE_CHECKING:
     from couturier.components.generator.diffusion import DiffusionGenerator
 
-SOURCES = ("taken", "judged")
+SOURCES = ("wanted", "taken", "judged")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +50,11 @@ class PpdConfig:
     """How preferences are learned."""
 
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
-    source: str = "taken"
-    """Where the pairs that are learned come from. "taken": an item of the next basket against a popular one that was
-    passed over; "judged": of some pictures drawn for the person, the best against the worst by the reward."""
+    source: str = "wanted"
+    """Where the pairs that are learned come from. "wanted": an item that the reward's best policy would draw for the
+    person (:func:`~couturier.components.alignment.distil.wanted`) against one that the base model would; "taken": an
+    item of the next basket against a popular one that was passed over; "judged": of some pictures drawn for the person,
+    the best against the worst by the reward."""
     whole: bool = True
     """Whether the base model's own weights learn, too; else only what PPD adds to it (the paper's pictures come from a
     base a thousand times larger, which need not move)."""
@@ -161,7 +164,9 @@ class Ppd:
         # Freshly loaded, also where a killed run goes on: the loop restores the policy's weights afterwards.
         self.reference = copy.deepcopy(scene.policy).requires_grad_(False).eval()
         self.generator = scene.policy.personalise(config.preference, seed=scene.seed, whole=config.whole)
-        self.steps, self.weight_decay, self.look_every = config.steps, config.weight_decay, look_every
+        self.steps, self.weight_decay = config.steps, config.weight_decay
+        # A picture that is denoised costs several that are written code by code: looks are few.
+        self.look_every = look_every and max(look_every, config.steps // 3)
         self.sampler = WindowSampler(scene.train, scene.random, targets=config.pairs)
         purchases = scene.catalogue.items["purchases"].to_numpy().astype(np.float64)
         self.popularity_I = torch.from_numpy(purchases)
@@ -172,7 +177,8 @@ class Ppd:
     def take(self, at: int) -> Step:
         """One step over fresh pairs."""
         config, generator = self.config, self.generator.train()
-        rows, given, values = self._judged() if config.source == "judged" else self._taken()
+        makers = {"wanted": self._wanted, "taken": self._taken, "judged": self._judged}
+        rows, given, values = makers[config.source]()
         users_UEW = generator.users_of(given.favourites_UK)
         assert users_UEW is not None
         each_Un, margin_Un, error_Un = ppd_loss(
@@ -194,6 +200,22 @@ class Ppd:
             tokens=pictures * generator.codes_per_picture,
             drawn=pictures * generator.codes_per_picture,
         )
+
+    def _wanted(self) -> tuple[np.ndarray, Preferences, dict[str, float]]:
+        """What should be drawn, against what the base model draws as it is: a reward labels the pairs, as that of the
+        paper's synthetic people does."""
+        scene, config = self.scene, self.config
+        rows, _ = self.sampler.draw(config.prompts)
+        better_Un = draw_evenly(scene.wanted(rows), config.pairs, scene.random)
+        p_UI = self.reference.expected_items(scene.history(rows))
+        worse_Un = torch.multinomial(p_UI, config.pairs, replacement=True, generator=scene.random)
+        own = share(len(rows))
+        given = Preferences(
+            favourites_UK=scene.history(rows)[own],
+            better_UnL=scene.codes_IL[better_Un][own],
+            worse_UnL=scene.codes_IL[worse_Un][own],
+        )
+        return rows[own], given, {}
 
     def _taken(self) -> tuple[np.ndarray, Preferences, dict[str, float]]:
         """What was taken next, against something popular that was neither known before nor taken later."""

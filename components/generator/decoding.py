@@ -68,10 +68,13 @@ class Prefix:
 class _Block(NamedTuple):
     """One layer as plain tensors, or as modules where a layer's projection is more than a matrix (adapters)."""
 
-    norm: Tensor
+    norm: Tensor | None
+    """None where it is in the weights that read what is normed."""
     qkv: tuple[Weight | nn.Module, ...]
+    paired: bool
+    """Whether the two numbers of queries and keys that are rotated together lie side by side."""
     out: Weight | nn.Module
-    mlp_norm: Tensor
+    mlp_norm: Tensor | None
     gate_up: tuple[Weight | nn.Module, ...]
     down: Weight | nn.Module
 
@@ -83,6 +86,19 @@ class _Shape(NamedTuple):
     kv_heads: int
     width: int
     eps: float
+
+
+class _Turn(NamedTuple):
+    """Rotary tables, to be multiplied with ``[*size, heads, d]``."""
+
+    cos: Tensor
+    sin: Tensor
+    """The first half with a minus, which the swapped first half needs in transformers' half-split form."""
+    pairs: Tensor
+    """The same as complex numbers ``[…, d / 2]``, for layers with pairs; elsewhere it is not looked at."""
+
+    def at(self, t: int) -> _Turn:
+        return _Turn(*(table[:, t] for table in self))
 
 
 class Decoding:
@@ -111,8 +127,9 @@ class Decoding:
             lm.config.num_attention_heads, kv_heads, d, float(layers[0].input_layernorm.variance_epsilon)
         )
         self.act: Callable[[Tensor], Tensor] = layers[0].mlp.act_fn
-        self.blocks = [_block(layer) for layer in layers]
         device = prefix.x_NPD.device
+        self.static = compile or device.type == "cuda"
+        self.blocks = [_block(layer, self.shape, pairs=not self.static) for layer in layers]
         self.cache = PrefixCache(
             prefix.mask_NP[row_R],
             samples=samples,
@@ -120,15 +137,15 @@ class Decoding:
             layers=len(self.blocks),
             heads=kv_heads,
             like=prefix.x_NPD.new_empty(d),
+            all_at_once=self.static,
         )
         self.first_RK = self.decoder.head(self._read(prefix, row_R))[row_R]
         after_R1 = prefix.position_NP[row_R, -1:] + 1
         positions_RT = after_R1 + torch.arange(steps, device=device)
         cos_RTd, sin_RTd = lm.rotary_emb(prefix.x_NPD, positions_RT)
-        self.rotary = cos_RTd[:, :, None, None], _signed(sin_RTd)[:, :, None, None]
+        self.turns = _turn(cos_RTd[:, :, None, None], sin_RTd[:, :, None, None], pairs=not self.static)
         self.t = 0
         self.graph: _Graph | None = None
-        self.static = compile or device.type == "cuda"
         if compile and any(isinstance(part, nn.Module) for block in self.blocks for part in _parts(block)):
             raise ConfigError(
                 "sampler setting compile is True for a model whose projections are not plain matrices (adapters?). "
@@ -140,12 +157,12 @@ class Decoding:
         """One pass over the prompts: fills the cache; the last hidden state of each ``[N, D]``."""
         count, p, _ = prefix.x_NPD.shape
         cos, sin = self.decoder.lm.rotary_emb(prefix.x_NPD, prefix.position_NP)
-        cos, sin = cos[:, :, None], _signed(sin)[:, :, None]
+        turn = _turn(cos[:, :, None], sin[:, :, None], pairs=not self.static)
         bias = _causal_bias(prefix.mask_NP, prefix.x_NPD.dtype)
         x = prefix.x_NPD.flatten(0, 1)
         heads, kv_heads, d, eps = self.shape
         for i, block in enumerate(self.blocks):
-            qk, v = _qkv(x, block, self.shape, cos, sin, (count, p))
+            qk, v = _qkv(x, block, self.shape, turn, (count, p))
             k = qk[:, :, heads:].transpose(1, 2)
             q, v = qk[:, :, :heads].transpose(1, 2), v.transpose(1, 2)
             self.cache.k_lUGSd[i, :, :, :p] = k[row_R]
@@ -155,7 +172,7 @@ class Decoding:
                 q, bias, x = q[:, :, -1:], bias[:, :, -1:], x.view(count, p, -1)[:, -1]
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=heads != kv_heads)
             x = _feed_forward(_add(x, mixed.transpose(1, 2).reshape(-1, heads * d), block.out), block, eps, self.act)
-        return self.decoder.lm.norm(x)
+        return self._last_norm(x)
 
     def first_logits(self) -> Tensor:
         """Logits of the first token, the same for all samples of a row: ``[R, K]``."""
@@ -165,30 +182,31 @@ class Decoding:
         """Feed the embeddings of the tokens just drawn; logits ``[R, n, K]`` of the next."""
         t, cache = self.t, self.cache
         self.t += 1
-        cos, sin = self.rotary[0][:, t], self.rotary[1][:, t]
-        x_MD = x_RnD.flatten(0, 1)
+        turn, x_MD = self.turns.at(t), x_RnD.flatten(0, 1)
         if self.static:
-            hidden = self._static(x_MD, cos, sin, torch.arange(cache.end(t), cache.end(t + 1), device=x_MD.device))
+            hidden = self._static(x_MD, turn, torch.arange(cache.end(t), cache.end(t + 1), device=x_MD.device))
         else:
-            hidden = self._filled(x_MD, cos, sin, cache.end(t), cache.end(t + 1))
-        return self.decoder.head(self.decoder.lm.norm(hidden)).unflatten(0, x_RnD.shape[:2])
+            hidden = self._filled(x_MD, turn, cache.end(t), cache.end(t + 1))
+        return self.decoder.head(self._last_norm(hidden)).unflatten(0, x_RnD.shape[:2])
 
-    def _filled(self, x_MD: Tensor, cos: Tensor, sin: Tensor, first: int, end: int) -> Tensor:
+    def _last_norm(self, x_MD: Tensor) -> Tensor:
+        return F.rms_norm(x_MD, x_MD.shape[-1:], self.decoder.lm.norm.weight, self.shape.eps)
+
+    def _filled(self, x_MD: Tensor, turn: _Turn, first: int, end: int) -> Tensor:
         """All layers over the slots that are filled."""
         cache, (heads, _, _, eps) = self.cache, self.shape
         bias, size = cache.bias_UnS[:, :, :end], (len(cache.bias_UnS), cache.samples)
         for i, block in enumerate(self.blocks):
-            qk, v = _qkv(x_MD, block, self.shape, cos, sin, size)
-            cache.k_lUGSd[i, :, :, first:end] = qk[:, :, heads:].transpose(1, 2)
-            cache.v_lUGSd[i, :, :, first:end] = v.transpose(1, 2)
-            k, v = cache.k_lUGSd[i, :, :, :end], cache.v_lUGSd[i, :, :, :end]
-            mixed = shared_prefix_attention(qk[:, :, :heads], k, v, bias)
+            qk, v = _qkv(x_MD, block, self.shape, turn, size)
+            keys, values = cache.k_lUGSd[i], cache.v_lUGSd[i]
+            keys[:, :, first:end], values[:, :, first:end] = qk[:, :, heads:].transpose(1, 2), v.transpose(1, 2)
+            mixed = shared_prefix_attention(qk[:, :, :heads], keys[:, :, :end], values[:, :, :end], bias)
             x_MD = _feed_forward(_add(x_MD, mixed.reshape(len(x_MD), -1), block.out), block, eps, self.act)
         return x_MD
 
-    def _static(self, x_MD: Tensor, cos: Tensor, sin: Tensor, slots_n: Tensor) -> Tensor:
+    def _static(self, x_MD: Tensor, turn: _Turn, slots_n: Tensor) -> Tensor:
         """All layers over all slots: every step has the same shape."""
-        inputs = (x_MD, cos, sin, slots_n)
+        inputs = (x_MD, slots_n, *turn)
         if x_MD.device.type != "cuda" or self._layers is not _static_layers:
             return self._layers(self.blocks, self.shape, self.act, self.cache, *inputs)
         if self.graph is None:
@@ -227,15 +245,14 @@ def _static_layers(
     act: Callable[[Tensor], Tensor],
     cache: PrefixCache,
     x_MD: Tensor,
-    cos: Tensor,
-    sin: Tensor,
     slots_n: Tensor,
+    *turn: Tensor,
 ) -> Tensor:
     heads, size = shape.heads, (len(cache.bias_UnS), cache.samples)
     later_S = torch.arange(cache.bias_UnS.shape[2], device=slots_n.device) > slots_n[-1]
     bias = cache.bias_UnS.masked_fill(later_S, float("-inf"))
     for i, block in enumerate(blocks):
-        qk, v = _qkv(x_MD, block, shape, cos, sin, size)
+        qk, v = _qkv(x_MD, block, shape, _Turn(*turn), size)
         keys, values = cache.k_lUGSd[i], cache.v_lUGSd[i]
         keys.index_copy_(2, slots_n, qk[:, :, heads:].transpose(1, 2))
         values.index_copy_(2, slots_n, v.transpose(1, 2))
@@ -249,16 +266,45 @@ def _compiled() -> Callable[..., Tensor]:
     return torch.compile(_static_layers, dynamic=False)
 
 
-def _block(layer: LlamaDecoderLayer) -> _Block:
+def _block(layer: LlamaDecoderLayer, shape: _Shape, *, pairs: bool) -> _Block:
     attention, mlp = layer.self_attn, layer.mlp
+    qkv = _join(attention.q_proj, attention.k_proj, attention.v_proj)
+    norm, qkv = _with_norm(layer.input_layernorm.weight, qkv)
+    mlp_norm, gate_up = _with_norm(layer.post_attention_layernorm.weight, _join(mlp.gate_proj, mlp.up_proj))
+    pairs = pairs and norm is None
     return _Block(
-        norm=layer.input_layernorm.weight,
-        qkv=_join(attention.q_proj, attention.k_proj, attention.v_proj),
+        norm=norm,
+        qkv=tuple(_paired(part, shape) for part in qkv if isinstance(part, tuple)) if pairs else qkv,
+        paired=pairs,
         out=_plain(attention.o_proj),
-        mlp_norm=layer.post_attention_layernorm.weight,
-        gate_up=_join(mlp.gate_proj, mlp.up_proj),
+        mlp_norm=mlp_norm,
+        gate_up=gate_up,
         down=_plain(mlp.down_proj),
     )
+
+
+def _with_norm(
+    norm_D: Tensor, parts: tuple[Weight | nn.Module, ...]
+) -> tuple[Tensor | None, tuple[Weight | nn.Module, ...]]:
+    """The weight of a norm put into the matrix that reads it, which is a copy already; not in few bits, which would
+    round it twice."""
+    first = parts[0]
+    if len(parts) > 1 or not isinstance(first, tuple) or first[0].dtype != torch.float32:
+        return norm_D, parts
+    return None, ((first[0] * norm_D, first[1]),)
+
+
+def _paired(part: Weight, shape: _Shape) -> Weight:
+    """Rows of queries and keys in the order 0, d / 2, 1, d / 2 + 1, …: their products with each other stay the same,
+    and a rotation becomes one complex product."""
+    turned = (shape.heads + shape.kv_heads) * shape.width
+
+    def reorder(rows: Tensor) -> Tensor:
+        halves = rows[:turned].unflatten(0, (-1, 2, shape.width // 2))
+        return torch.cat([halves.transpose(1, 2).flatten(0, 2), rows[turned:]])
+
+    weight, bias = part
+    return reorder(weight), None if bias is None else reorder(bias)
 
 
 def _parts(block: _Block) -> list[Weight | nn.Module]:
@@ -297,36 +343,29 @@ def _add(x_MD: Tensor, y_MD: Tensor, part: Weight | nn.Module) -> Tensor:
     return x_MD + _project(y_MD, part)
 
 
-def _qkv(
-    x_MD: Tensor, block: _Block, shape: _Shape, cos: Tensor, sin: Tensor, size: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
+def _qkv(x_MD: Tensor, block: _Block, shape: _Shape, turn: _Turn, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Rotated queries and keys ``[*size, H + G, d]`` and values ``[*size, G, d]``."""
     heads, kv_heads, d, eps = shape
-    joined = _project_all(_norm(x_MD, block.norm, eps), block.qkv)
+    joined = _project_all(F.rms_norm(x_MD, x_MD.shape[-1:], block.norm, eps), block.qkv)
     joined = joined.view(*size, heads + 2 * kv_heads, d)
     qk, v = joined[:, :, : heads + kv_heads], joined[:, :, heads + kv_heads :]
-    return torch.addcmul(qk * cos, qk.roll(d // 2, -1), sin), v
+    if block.paired:
+        torch.view_as_complex(qk.unflatten(-1, (-1, 2))).mul_(turn.pairs)
+        return qk, v
+    return torch.addcmul(qk * turn.cos, qk.roll(d // 2, -1), turn.sin), v
 
 
 def _feed_forward(x_MD: Tensor, block: _Block, eps: float, act: Callable[[Tensor], Tensor]) -> Tensor:
-    joined = _project_all(_norm(x_MD, block.mlp_norm, eps), block.gate_up)
+    joined = _project_all(F.rms_norm(x_MD, x_MD.shape[-1:], block.mlp_norm, eps), block.gate_up)
     gate, up = joined.chunk(2, -1)
     return _add(x_MD, act(gate) * up, block.down)
 
 
-def _norm(x_MD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm. On a CPU torch's own is a chain of small passes; this is a shorter one."""
-    if x_MD.dtype != torch.float32 or x_MD.device.type != "cpu":
-        return F.rms_norm(x_MD, x_MD.shape[-1:], weight_D, eps)
-    length_M1 = torch.linalg.vector_norm(x_MD, dim=-1, keepdim=True)
-    return (x_MD * (length_M1.square_() / x_MD.shape[-1] + eps).rsqrt_()).mul_(weight_D)
-
-
-def _signed(sin: Tensor) -> Tensor:
-    """Rotary position embedding in transformers' half-split form needs the swapped first half with a minus; here the
-    minus is in the sine."""
+def _turn(cos: Tensor, sin: Tensor, *, pairs: bool) -> _Turn:
     half = sin.shape[-1] // 2
-    return torch.cat([-sin[..., :half], sin[..., half:]], -1)
+    signed = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+    pairs = pairs and cos.dtype == torch.float32
+    return _Turn(cos, signed, torch.complex(cos[..., :half], sin[..., :half]) if pairs else cos)
 
 
 def _causal_bias(mask_NP: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,12 +11,18 @@ Nearly all of a picture is decided while the noise is much stronger than the sig
 hundreds of dimensions), so steps and training are shifted towards noise by the root of the number of dimensions, as
 Stable Diffusion 3 does for larger pictures (Esser et al., arXiv 2403.03206, section 5.3.2).
 
-Places do not all stand at the same level of noise: later ones follow earlier ones by ``stagger`` (levels of their own
-for parts of a sample: Diffusion Forcing, Chen et al., arXiv 2407.01392), which spares a tiny model the joint decision
-over all of them. Every level's likelihood integral then runs along that path. The order and the form are ours.
+How places go together a tiny model hardly learns: after its ten minutes pictures were mush. So it begins with the rows
+of codes that the catalogue's pictures have, by what sells (:mod:`couturier.components.generator.gallery`). The person
+raises some of them, once for all noise levels through their taste, and at each level through what the transformer
+asks; it also still names codes place by place, which is what draws a picture that is no row.
+
+Without such rows, places need not all stand at the same level of noise: later ones follow earlier ones by ``stagger``
+(levels of their own for parts of a sample: Diffusion Forcing, Chen et al., arXiv 2407.01392), which spares the joint
+decision over all of them. Every level's likelihood integral then runs along that path. The order and the form are ours.
 
 Legend: U users, n pictures a user, N = U * n, L codes a picture, K codebook entries, D code width, I items,
-F understanding features, S condition tokens, W width, E user tokens, g edge of the grid of codes.
+F understanding features, S condition tokens, W width, E user tokens, g edge of the grid of codes, Q, H: gallery.py,
+O what the transformer puts out of each place (K, and Q where there is a gallery).
 """
 
 from __future__ import annotations
@@ -31,18 +37,23 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from torch import Tensor, nn
 
 from couturier.components.errors import ConfigError
+from couturier.components.generator.gallery import Gallery
 from couturier.components.generator.types import DiffusionConfig
 
+_ROWS = 0.25  # weight of a row's nats beside those of a code
+_LEAST = 1e-8  # probability of a code that nothing speaks for
 _EDGE = 1e-3  # of the noise levels: no training at exactly no noise or nothing but noise
 
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """What the denoiser knows of each row: tokens_NSW, mask_NS True where a token counts, users_NEW or None."""
+    """What the denoiser knows of each row: tokens_NSW, mask_NS True where a token counts, users_NEW or None, and what
+    it likes of its gallery whatever the noise, liked_NH or None."""
 
     tokens_NSW: Tensor
     mask_NS: Tensor
     users_NEW: Tensor | None = None
+    liked_NH: Tensor | None = None
 
     def repeat(self, n: int) -> Condition:
         """Every row ``n`` times, one after the other."""
@@ -50,18 +61,21 @@ class Condition:
 
     def beside(self, other: Condition) -> Condition:
         """This one's rows, then the other's."""
-        users = None
-        if self.users_NEW is not None and other.users_NEW is not None:
-            users = torch.cat([self.users_NEW, other.users_NEW])
-        return Condition(
-            tokens_NSW=torch.cat([self.tokens_NSW, other.tokens_NSW]),
-            mask_NS=torch.cat([self.mask_NS, other.mask_NS]),
-            users_NEW=users,
-        )
+        return self._with(lambda mine, others: torch.cat([mine, others]), other)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Condition:
-        users = None if self.users_NEW is None else change(self.users_NEW)
-        return Condition(tokens_NSW=change(self.tokens_NSW), mask_NS=change(self.mask_NS), users_NEW=users)
+        return self._with(lambda mine, _: change(mine), self)
+
+    def _with(self, join: Callable[[Tensor, Tensor], Tensor], other: Condition) -> Condition:
+        def both(mine: Tensor | None, others: Tensor | None) -> Tensor | None:
+            return None if mine is None or others is None else join(mine, others)
+
+        return Condition(
+            tokens_NSW=join(self.tokens_NSW, other.tokens_NSW),
+            mask_NS=join(self.mask_NS, other.mask_NS),
+            users_NEW=both(self.users_NEW, other.users_NEW),
+            liked_NH=both(self.liked_NH, other.liked_NH),
+        )
 
 
 class Denoiser(nn.Module):
@@ -71,12 +85,24 @@ class Denoiser(nn.Module):
         features_IF: understanding features of the catalogue.
         codebook_KD: the codec's code vectors, standardised.
         codes: L.
+        codes_IL: codes of the catalogue's pictures, and
+        known_M: an item of each row of codes that it begins with (:mod:`~couturier.components.generator.gallery`); left
+            out, it begins with none.
     """
 
     features_IF: Tensor
     codebook_KD: Tensor
 
-    def __init__(self, config: DiffusionConfig, features_IF: Tensor, codebook_KD: Tensor, *, codes: int) -> None:
+    def __init__(
+        self,
+        config: DiffusionConfig,
+        features_IF: Tensor,
+        codebook_KD: Tensor,
+        *,
+        codes: int,
+        codes_IL: Tensor | None = None,
+        known_M: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.config, self.codes_per_picture = config, codes
         self.edge = int(codes**0.5)
@@ -85,11 +111,17 @@ class Denoiser(nn.Module):
         self.register_buffer("features_IF", features_IF, persistent=False)
         self.register_buffer("codebook_KD", codebook_KD, persistent=False)
         (k, d), w = codebook_KD.shape, config.width
+        self.gallery: Gallery | None = None
+        if codes_IL is not None and known_M is not None:
+            self.gallery = Gallery(
+                codes_IL, known_M, features_IF, codebook_KD, width=config.liking, history=config.history
+            )
+        liking = 0 if self.gallery is None else config.liking
         self.dit = PixArtTransformer2DModel(
             num_attention_heads=config.heads,
             attention_head_dim=w // config.heads,
             in_channels=d + w,
-            out_channels=k,
+            out_channels=k + liking,
             num_layers=config.layers,
             cross_attention_dim=w,
             sample_size=self.edge,
@@ -103,6 +135,12 @@ class Denoiser(nn.Module):
         self.look = nn.Sequential(nn.LayerNorm(features_IF.shape[1]), nn.Linear(features_IF.shape[1], w))
         self.place_SW = nn.Parameter(torch.randn(config.history, w) * 0.1)
         self.always_W = nn.Parameter(torch.randn(w))
+        if self.gallery is not None:
+            self.taste = nn.TransformerEncoderLayer(
+                w, config.heads, 2 * w, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
+            self.ask = nn.Linear(w, config.liking)
+            nn.init.zeros_(self.ask.weight)
 
     @torch.no_grad()
     def _first_weights(self) -> None:
@@ -150,11 +188,13 @@ class Denoiser(nn.Module):
             users_UEW = None if users_UEW is None else users_UEW * keep_U[:, None, None].to(users_UEW.dtype)
         shown = self.look(self.features_IF[items.clamp_min(0)]) + self.place_SW[: items.shape[1]]
         always = self.always_W.expand(len(items), 1, -1)
-        return Condition(
-            tokens_NSW=torch.cat([always, shown], 1),
-            mask_NS=torch.cat([real.new_ones(len(items), 1), real], 1),
-            users_NEW=users_UEW,
-        )
+        tokens_USW = torch.cat([always, shown], 1)
+        mask_US = torch.cat([real.new_ones(len(items), 1), real], 1)
+        liked_UH = None
+        if self.gallery is not None:
+            query_UQ = self.ask(self.taste(tokens_USW, src_key_padding_mask=~mask_US)[:, 0])
+            liked_UH = self.gallery.liking(query_UQ) + self.gallery.again(items, real)
+        return Condition(tokens_NSW=tokens_USW, mask_NS=mask_US, users_NEW=users_UEW, liked_NH=liked_UH)
 
     def logits(self, x_NLD: Tensor, time_N: Tensor, condition: Condition) -> Tensor:
         """Log-probabilities, up to a constant, of each code at each place, ``[N, L, K]``.
@@ -162,10 +202,26 @@ class Denoiser(nn.Module):
         Args:
             x_NLD: noisy code vectors;  time_N: in (0, 1], the share of the way back to noise.
         """
-        own_NLK = self._own_evidence(x_NLD, self.noise_level(time_N)) + self.prior_LK
-        guess_NLW = own_NLK.softmax(-1) @ self.code_KW * self.bind_LW
+        return self._read(x_NLD, time_N, condition)[0]
+
+    def _read(self, x_NLD: Tensor, time_N: Tensor, condition: Condition) -> tuple[Tensor, Tensor | None]:
+        """Of codes at each place as :meth:`logits`, and of the gallery's explanations ``[N, H]`` if there is one."""
+        level_NL1 = self.noise_level(time_N)
+        alone_NLK = self._own_evidence(x_NLD, level_NL1) + self.prior_LK.log_softmax(-1)
+        if self.gallery is None or condition.liked_NH is None:
+            return self._transform(x_NLD, alone_NLK.softmax(-1), time_N, condition) + alone_NLK, None
+        fit_NH = self.gallery.fit(x_NLD, level_NL1, alone_NLK)
+        out_NLO = self._transform(x_NLD, self.gallery.codes(fit_NH.softmax(-1), alone_NLK), time_N, condition)
+        out_NLK, query_NLQ = out_NLO.split([len(self.codebook_KD), self.config.liking], -1)
+        rows_NH = fit_NH + condition.liked_NH + self.gallery.liking(query_NLQ.mean(1))
+        codes_NLK = self.gallery.codes(rows_NH.softmax(-1), alone_NLK)
+        return out_NLK + codes_NLK.clamp_min(_LEAST).log(), rows_NH
+
+    def _transform(self, x_NLD: Tensor, guess_NLK: Tensor, time_N: Tensor, condition: Condition) -> Tensor:
+        """What the transformer says of each place, from the noisy vectors and a first guess at the codes."""
+        guess_NLW = guess_NLK @ self.code_KW * self.bind_LW
         users = condition.users_NEW
-        out_NKgg = self.dit(
+        out_NOgg = self.dit(
             torch.cat([x_NLD, guess_NLW], -1).transpose(1, 2).unflatten(2, (self.edge, self.edge)),
             encoder_hidden_states=condition.tokens_NSW,
             timestep=time_N * 1000,
@@ -173,7 +229,7 @@ class Denoiser(nn.Module):
             cross_attention_kwargs=None if users is None else {"ip_hidden_states": users},
             return_dict=False,
         )[0]
-        return out_NKgg.flatten(2).transpose(1, 2) + own_NLK
+        return out_NOgg.flatten(2).transpose(1, 2)
 
     def times_of_places(self, time_N: Tensor) -> Tensor:
         """Where each place is on its own way from clean (0) to noise (1), ``[N, L, 1]``: earlier places are clean
@@ -202,20 +258,32 @@ class Denoiser(nn.Module):
     ) -> tuple[Tensor, int]:
         """Cross-entropy in nats a code, mean over noise levels (a denoising loss), and how many tokens were read.
 
+        With a gallery, also that of the whole row: at the same level, and where there is nothing but noise. The last
+        costs next to nothing and tells most of the person, so all ``n`` pictures of a person count there, while one of
+        them, whichever comes, goes through the transformer.
+
         Args:
             keep_U: False where the condition is dropped, for guidance.
             random: noise and levels come from it.
         """
-        n = codes_UnL.shape[1]
-        codes_NL = codes_UnL.flatten(0, 1)
+        each, n = self.condition(favourites_UK, keep_U=keep_U), codes_UnL.shape[1]
+        loss, codes_NL = each.tokens_NSW.new_zeros(()), codes_UnL.flatten(0, 1)
+        if self.gallery is not None and each.liked_NH is not None:
+            nothing_NH = (each.liked_NH + self.gallery.shares_H).repeat_interleave(n, 0)
+            loss = _ROWS * F.cross_entropy(nothing_NH, self.gallery.find(codes_NL))
+            some_U = torch.randint(n, (len(codes_UnL),), generator=random)
+            n, codes_NL = 1, codes_UnL[torch.arange(len(codes_UnL)), some_U]
         noise_NLD, time_N = self.noise_for(codes_NL, random)
-        x_NLD = self.add_noise(self.codebook_KD[codes_NL], noise_NLD, time_N)
-        condition = self.condition(favourites_UK, keep_U=keep_U).repeat(n)
-        each_NL = F.cross_entropy(self.logits(x_NLD, time_N, condition).transpose(1, 2), codes_NL, reduction="none")
+        x_NLD, condition = self.add_noise(self.codebook_KD[codes_NL], noise_NLD, time_N), each.repeat(n)
+        logits_NLK, rows_NH = self._read(x_NLD, time_N, condition)
+        each_NL = F.cross_entropy(logits_NLK.transpose(1, 2), codes_NL, reduction="none")
         # What is clean teaches nothing, and what is nothing but noise is not asked for yet.
         t_NL = self.times_of_places(time_N)[..., 0]
         moving_NL = ((t_NL > 0) & (t_NL < 1)).float()
-        loss = (each_NL * moving_NL).sum() / moving_NL.sum().clamp_min(1)
+        loss = loss + (each_NL * moving_NL).sum() / moving_NL.sum().clamp_min(1)
+        if self.gallery is not None and rows_NH is not None:
+            # Places of one row say the same of the person sixteen times over; the row says it once, and sharply.
+            loss = loss + _ROWS * F.cross_entropy(rows_NH, self.gallery.find(codes_NL))
         return loss, codes_NL.numel() + condition.mask_NS.numel()
 
     def noise_for(self, codes_NL: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,7 @@ from couturier.components.errors import ConfigError, LineageError
 from couturier.components.files import read_json, write_json
 from couturier.components.generator.codec import Codec, PatchVQ
 from couturier.components.generator.denoiser import Condition, Denoiser
+from couturier.components.generator.gallery import rows_of
 from couturier.components.generator.janus import to_tower
 from couturier.components.generator.janus_codec import JanusCodec
 from couturier.components.generator.preference import DecoupledAttention, PairReader
@@ -51,14 +52,23 @@ class DiffusionGenerator(Denoiser):
         codebook_KD: the codec's code vectors, standardised.
         codes: L.
         popular_I: catalogue rows by falling popularity; what a person has not taken of these is what they passed over.
+        codes_IL, known_M: codes of the catalogue, and an item of each row of them that it begins with.
     """
 
     popular_I: Tensor
 
     def __init__(
-        self, config: DiffusionConfig, features_IF: Tensor, codebook_KD: Tensor, popular_I: Tensor, *, codes: int
+        self,
+        config: DiffusionConfig,
+        features_IF: Tensor,
+        codebook_KD: Tensor,
+        popular_I: Tensor,
+        *,
+        codes: int,
+        codes_IL: Tensor | None = None,
+        known_M: Tensor | None = None,
     ) -> None:
-        super().__init__(config, features_IF, codebook_KD, codes=codes)
+        super().__init__(config, features_IF, codebook_KD, codes=codes, codes_IL=codes_IL, known_M=known_M)
         self.register_buffer("popular_I", popular_I, persistent=False)
         self.pairs: PairReader | None = None
         self.preference: PreferenceConfig | None = None
@@ -85,9 +95,14 @@ class DiffusionGenerator(Denoiser):
         standard = (codebook_KD - seen.mean(0)) / seen.std(0).clamp_min(1e-4)
         purchases = catalogue.items["purchases"].to_numpy().astype(np.float64)
         popular_I = torch.from_numpy(np.argsort(-purchases, kind="stable").copy())
+        weight_I = torch.from_numpy(purchases) + 1
+        item_M, weight_M = rows_of(codes_IL, weight_I, config.known)
+        known = {"codes_IL": codes_IL, "known_M": item_M} if config.known else {}
         with global_seed(seed, "diffusion"):
-            made = cls(config, understand(eyes, catalogue), standard, popular_I, codes=codes_IL.shape[1])
-        made.set_prior(codes_IL, torch.from_numpy(purchases))
+            made = cls(config, understand(eyes, catalogue), standard, popular_I, codes=codes_IL.shape[1], **known)
+        made.set_prior(codes_IL, weight_I)
+        if made.gallery is not None:
+            made.gallery.set_shares(weight_M)
         return made
 
     @property
@@ -111,19 +126,19 @@ class DiffusionGenerator(Denoiser):
     @torch.no_grad()
     def nats(self, favourites_UK: np.ndarray | Tensor, codes_UnL: Tensor, *, unconditional: bool = False) -> Tensor:
         """Nats a picture ``[U, n]``, an estimate over evenly spaced levels. A picture's noise comes from its codes, so
-        that the same picture after two histories differs by the histories alone."""
+        that the same picture after two histories differs by the histories alone; so does where its levels begin, so
+        that the mean over pictures misses none."""
         u, n, _ = codes_UnL.shape
         keep_U = torch.full((u,), not unconditional)
         condition = self.condition(favourites_UK, keep_U=keep_U, users_UEW=self.users_of(favourites_UK)).repeat(n)
         codes_NL, levels = codes_UnL.flatten(0, 1), self.config.nats_levels
-        names = [row.tobytes().hex() for row in codes_NL.cpu().numpy()]
-        noise_NMLD = torch.stack(
-            [torch.randn(levels, *self.shape_LD, generator=seeded(0, "diffusion nats", name)) for name in names]
-        ).to(self.codebook_KD.device)
-        total_N = noise_NMLD.new_zeros(u * n)
+        randoms = [seeded(0, "diffusion nats", row.tobytes().hex()) for row in codes_NL.cpu().numpy()]
+        begin_N = torch.cat([torch.rand(1, generator=random) for random in randoms]).to(self.codebook_KD)
+        noise_NMLD = torch.stack([torch.randn(levels, *self.shape_LD, generator=random) for random in randoms])
+        noise_NMLD, total_N = noise_NMLD.to(self.codebook_KD), torch.zeros_like(begin_N)
         for level in range(levels):
-            time_N = total_N.new_full((u * n,), (level + 0.5) / levels)
-            total_N = total_N + self.error_nats(codes_NL, noise_NMLD[:, level], time_N, condition) / levels
+            noise_NLD, time_N = noise_NMLD[:, level], (level + begin_N) / levels
+            total_N = total_N + self.error_nats(codes_NL, noise_NLD, time_N.clamp_min(1e-3), condition) / levels
         return total_N.view(u, n)
 
     def nll(self, favourites_UK: np.ndarray | Tensor, codes_UL: Tensor, *, unconditional: bool = False) -> Tensor:
@@ -176,6 +191,22 @@ class DiffusionGenerator(Denoiser):
             # Euler along the straight path: the share of the noise that is left shrinks from one level to the next.
             x_NLD = clean_NLD + (x_NLD - clean_NLD) * (level_SL1[step + 1] / level_SL1[step].clamp_min(1e-6))
         return self.quantise(x_NLD).view(users, n, -1)
+
+    @torch.no_grad()
+    def expected_items(self, favourites_UK: np.ndarray | Tensor) -> Tensor:
+        """How likely each catalogue item's picture is, before anything is drawn, ``[U, I]``, each row summing to 1: by
+        the gallery and what the person likes of it; without a gallery, by rank among what sells (Zipf's law)."""
+        if self.gallery is None:
+            rank_I = torch.empty_like(self.popular_I)
+            rank_I[self.popular_I] = torch.arange(len(rank_I))
+            return (1.0 / (rank_I + 1)).expand(len(favourites_UK), -1)
+        liked_UH = self.condition(favourites_UK).liked_NH
+        assert liked_UH is not None
+        p_UH = (liked_UH + self.gallery.shares_H).softmax(-1)
+        # Items of one row share what it has; those of no row share what is new.
+        count_H = torch.bincount(self.gallery.row_I, minlength=p_UH.shape[1]).clamp_min(1)
+        p_UI = (p_UH / count_H)[:, self.gallery.row_I]
+        return p_UI / p_UI.sum(1, keepdim=True)
 
     def quantise(self, x_NLD: Tensor) -> Tensor:
         """The nearest code at each place, int64 ``[N, L]``."""
@@ -243,6 +274,8 @@ class DiffusionGenerator(Denoiser):
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
         tables = {"features_IF": self.features_IF, "codebook_KD": self.codebook_KD, "popular_I": self.popular_I}
+        if self.gallery is not None:
+            tables |= {"codes_IL": self.gallery.codes_IL, "known_M": self.gallery.item_M}
         save_file({k: v.contiguous() for k, v in tables.items()}, folder / "features.safetensors")
         facts = {"kind": "diffusion", "codes_per_picture": self.codes_per_picture, "config": asdict(self.config)}
         facts["preference"] = None if self.preference is None else asdict(self.preference)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from couturier.components.generator.packed import packed_hidden
 from couturier.components.generator.prompt import PromptBuilder, Prompts
 from couturier.components.generator.sampler import SamplerSettings, sample_codes
 from couturier.components.together import gathered
@@ -126,19 +127,10 @@ class LanguageGenerator(nn.Module, ABC):
         if prefix_UPD is None:
             prefix_UPD = self.embed_prompt(prompts)
         own_UnSD, places = self.embed_picture(codes_UnL)
-        p, own = prefix_UPD.shape[1], own_UnSD.shape[2]
-        x = torch.cat([prefix_UPD, own_UnSD.flatten(1, 2)], 1)
-        keep = packed_mask(prompts.mask_UP, n, own)
-        last_U1 = prompts.position_UP[:, -1:]
-        positions = torch.cat([prompts.position_UP, last_U1 + 1 + torch.arange(own, device=device).repeat(n)], 1)
-        bias = torch.zeros(keep.shape, dtype=x.dtype, device=device).masked_fill(~keep, torch.finfo(x.dtype).min)
-        hidden = self.lm(
-            inputs_embeds=x, attention_mask=bias[:, None], position_ids=positions, use_cache=False
-        ).last_hidden_state
-        first_UnD = hidden[:, p - 1, None].expand(-1, n, -1)
-        rest_UnSD = hidden[:, p:].unflatten(1, (n, own))
-        if len(places) < own:
+        last_UD, rest_UnSD = packed_hidden(self.lm, prefix_UPD, own_UnSD, prompts.mask_UP, prompts.position_UP)
+        if len(places) < own_UnSD.shape[2]:
             rest_UnSD = rest_UnSD[:, :, places]
+        first_UnD = last_UD[:, None].expand(-1, n, -1)
         return self.head(torch.cat([first_UnD[:, :, None], rest_UnSD], 2))
 
     def log_prob(self, prompts: Prompts, codes_UnL: Tensor, prefix_UPD: Tensor | None = None) -> Tensor:
@@ -201,15 +193,3 @@ class LanguageGenerator(nn.Module, ABC):
         )
         with gathered(self):
             return sample_codes(self, self.prompts.build(favourites_UK), n, seeds=seeds, settings=settings).cpu()
-
-
-def packed_mask(prompt_mask_UP: Tensor, n: int, own: int) -> Tensor:
-    """Who may look at whom, bool ``[U, S, S]`` with S = P + n * own: the prompt causally, each picture at the prompt
-    and causally at itself. Padding sees itself only, so that no row of the softmax is empty."""
-    u, p = prompt_mask_UP.shape
-    size, device = p + n * own, prompt_mask_UP.device
-    causal = torch.ones(size, size, dtype=torch.bool, device=device).tril()
-    block = torch.cat([torch.full((p,), -1, device=device), torch.arange(n, device=device).repeat_interleave(own)])
-    same_or_prompt = (block[:, None] == block[None]) | (block[None] == -1)
-    real = torch.cat([prompt_mask_UP, prompt_mask_UP.new_ones(u, n * own)], 1)
-    return ((causal & same_or_prompt)[None] & real[:, None]) | torch.eye(size, dtype=torch.bool, device=device)[None]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from couturier.components.errors import ConfigError
 from couturier.components.generator.decoding import Decoder, Decoding, Prefix
 from couturier.components.generator.prompt import Prompts
+from couturier.components.generator.shares import how_many, side_by_side
 
 if TYPE_CHECKING:
     from transformers import LlamaModel
@@ -101,11 +103,37 @@ def sample_tokens(
     Raises:
         ConfigError: ``n`` below one, or not one seed a user.
     """
-    branches, users = row_BU.shape
+    users = row_BU.shape[1]
     if len(seeds) != users:
         raise ConfigError(f"{len(seeds)} seeds were given for {users} users; give one a user.")
     if n < 1:
         raise ConfigError(f"n is {n}; ask for at least one picture.")
+
+    samples = row_BU.shape[0] * users * n
+    shares = 1 if settings.compile else how_many(decoder.lm.layers[0], users, samples)
+
+    def share(i: int) -> Tensor:
+        some = slice(i * users // shares, (i + 1) * users // shares)
+        read_N, row_Bu = row_BU[:, some].unique(return_inverse=True)
+        own = Prefix(**{name: value[read_N] for name, value in vars(prefix).items()})
+        return _sample_share(decoder, own, row_Bu, n, length=length, seeds=seeds[some], settings=settings)
+
+    return torch.cat(side_by_side([partial(share, i) for i in range(shares)]))
+
+
+@torch.no_grad()
+def _sample_share(
+    decoder: Decoder,
+    prefix: Prefix,
+    row_BU: Tensor,
+    n: int,
+    *,
+    length: int,
+    seeds: list[int],
+    settings: SamplerSettings,
+) -> Tensor:
+    """As :func:`sample_tokens`, for some of the users."""
+    branches, users = row_BU.shape
     device = prefix.x_NPD.device
     uniforms_UnL = torch.stack([torch.rand(n, length, generator=torch.Generator().manual_seed(s)) for s in seeds])
     points = _Points(uniforms_UnL.to(device), spread=settings.spread)

@@ -35,19 +35,23 @@ class DiffusionConfig:
     """The shape of the denoiser, and how it draws."""
 
     width: int = 128
-    layers: int = 4
+    layers: int = 2
     heads: int = 4
     history: int = 12
     """Favourites it looks at."""
-    steps: int = 20
+    steps: int = 16
     """Calls of the denoiser a picture."""
     shift: float = 0.0
     """How far steps and training lean towards noise; 1 is even in the path's time, 0 stands for
     sqrt(L * D / (1 + stagger)) / 4.5."""
-    stagger: float = 2.0
+    stagger: float = 0.0
     """How much later the last place of a picture is denoised than the first, in times that one place takes; 0 denoises
     all at once."""
-    nats_levels: int = 16
+    known: int = 2048
+    """Rows of codes of catalogue pictures that it begins with, those that sell most (:mod:`.gallery`); 0: none."""
+    liking: int = 64
+    """Width in which what a person likes is compared with these rows."""
+    nats_levels: int = 8
     """Noise levels over which :meth:`DiffusionGenerator.nats` integrates."""
 
     def __post_init__(self) -> None:

@@ -130,9 +130,21 @@ class ItemFeatures(nn.Module):
         no identity. Without a width for words they are pictures alone."""
         if not self.config.words:
             return self.of_pictures(pictures_NP)
-        words_NW: Tensor = self.word_bag(word_ids, word_offsets[:-1])
+        words_NW = self._words(word_ids, word_offsets)
         rest = pictures_NP.new_zeros(len(pictures_NP), self.config.ids + 1 if self.config.ids else 0)
         return torch.cat([pictures_NP, words_NW, pictures_NP.new_ones(len(pictures_NP), 1), rest], dim=-1)
+
+    def _words(self, word_ids: Tensor, word_offsets: Tensor) -> Tensor:
+        """The mean embedding of each jagged bag of words, ``[N, W]``; zeros for an empty one."""
+        if word_ids.is_cuda:
+            bagged: Tensor = self.word_bag(word_ids, word_offsets[:-1])
+            return bagged
+        # On a CPU the gradient of a bag sorts its words anew in every step, which costs more than all else here.
+        counts_N = word_offsets.diff()
+        owner_K = torch.repeat_interleave(torch.arange(len(counts_N)), counts_N)
+        sums_NW = self.word_bag.weight.new_zeros(len(counts_N), self.config.words)
+        sums_NW = sums_NW.index_add(0, owner_K, self.word_bag.weight.index_select(0, word_ids))
+        return sums_NW / counts_N.clamp_min(1)[:, None]
 
     def embed_items(self, *, words: bool = True) -> Tensor:
         """The catalogue -> features ``[I, D]``; ``words=False`` shows it as drawn pictures, no words or identity."""
@@ -140,7 +152,7 @@ class ItemFeatures(nn.Module):
             return self.of_pictures(self.pictures_IP)
         parts = [self.pictures_IP]
         if self.config.words:
-            words_IW: Tensor = self.word_bag(self.word_ids, self.word_offsets[:-1])
+            words_IW = self._words(self.word_ids, self.word_offsets)
             parts += [words_IW, self.pictures_IP.new_ones(self.items, 1)]
         if self.config.ids:
             gate_I1 = self.gate_I[:, None]

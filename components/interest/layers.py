@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from couturier.kernels.target_attention import DiceGate
+
 
 class Dice(nn.Module):
     """Data-adaptive activation: ``p x + (1 - p) alpha x`` with ``p = sigmoid((x - mean) / sqrt(var + eps))``.
@@ -25,14 +27,18 @@ class Dice(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(width))
 
     def forward(self, x_XD: Tensor) -> Tensor:
-        flat_ND = x_XD.flatten(0, -2)
-        # One row has no spread to normalise by: it is judged by what was seen before.
-        training = self.training and len(flat_ND) > 1
-        normal_ND = nn.functional.batch_norm(
-            flat_ND, self.norm.running_mean, self.norm.running_var, training=training, momentum=0.1, eps=self.norm.eps
+        return self.gate()(x_XD.flatten(0, -2)).view_as(x_XD)
+
+    def gate(self) -> DiceGate:
+        """It as data, for a kernel that can look inside."""
+        assert self.norm.running_mean is not None and self.norm.running_var is not None
+        return DiceGate(
+            alpha_F=self.alpha,
+            mean_F=self.norm.running_mean,
+            var_F=self.norm.running_var,
+            training=self.training,
+            eps=self.norm.eps,
         )
-        p_XD = torch.sigmoid(normal_ND).view_as(x_XD)
-        return x_XD * torch.addcmul(self.alpha, p_XD, 1 - self.alpha)
 
 
 def mlp(widths: Sequence[int], activation: Callable[[int], nn.Module], *, dropout: float = 0.0) -> nn.Sequential:

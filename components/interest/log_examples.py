@@ -156,6 +156,7 @@ class LogExamples:
             positives=1,
             pool_S=pool,
             pool_log_q_S=None if pool is None else self._log_q(pool),
+            catalogue_ID=items_ID,
         )
         return share_of(whole, rank(), world())
 

@@ -140,7 +140,9 @@ class FitLoop:
     def _step(self) -> float:
         config, done = self.config, self.step - self.first
         one_cycle(self.optimiser, done, config.steps, config.learning_rate)
-        batch = self.examples.batch(self.judge.train(), self.step)
+        # Told every part of a judge, which is not free.
+        judge = self.judge if self.judge.training else self.judge.train()
+        batch = self.examples.batch(judge, self.step)
         own = [f"process {rank()}"] if world() > 1 else []
         noise = seeded(config.seed, "judge", "loss", str(self.step), *own)
         device = self.judge.calibration.device.type

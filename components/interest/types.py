@@ -177,6 +177,8 @@ class TrainBatch:
         pool_S: int64 catalogue rows that serve all users of the batch as negatives (sampled softmax), or None.
         pool_log_q_S: log of the expected number of times each was drawn, for the logQ correction; 0 for a whole
             catalogue.
+        catalogue_ID: features of the catalogue, where the histories hold its items and nothing else, and they and the
+            candidates are shown just as it has them; a judge may then project it once instead of every row.
     """
 
     history: HistoryBatch
@@ -185,6 +187,7 @@ class TrainBatch:
     positives: int
     pool_S: Tensor | None = None
     pool_log_q_S: Tensor | None = None
+    catalogue_ID: Tensor | None = None
 
     @property
     def real_UC(self) -> Tensor:

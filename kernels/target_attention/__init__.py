@@ -20,8 +20,9 @@ from torch import Tensor
 from couturier.kernels import dispatch
 from couturier.kernels.checks import KernelError, check_axes, check_floats, check_offsets
 from couturier.kernels.jagged import as_lists, pair_offsets, pairs, rows_of
+from couturier.kernels.target_attention.gate import DiceGate
 
-__all__ = ["Layer", "Pooling", "as_lists", "dot_attention", "mlp_attention", "pair_offsets", "pairs"]
+__all__ = ["DiceGate", "Layer", "Pooling", "as_lists", "dot_attention", "mlp_attention", "pair_offsets", "pairs"]
 
 Layer = tuple[Tensor, Tensor | None]
 Pooling = Literal["din_code", "din_paper"]
@@ -80,7 +81,8 @@ def mlp_attention(
         row_user: int64 ``[R]``, the person of each row, in any order. None: row r is person r.
         values: ``[N, E]`` what is pooled; the keys when None.
         activations: one callable a hidden layer (PReLU, Dice), called once with all pairs ``[P, F]``, so that batch
-            statistics are those of real pairs only. None: the sigmoid of the released code, the fastest path.
+            statistics are those of real pairs only; a lone :class:`DiceGate` has a fast path. None: the
+            sigmoid of the released code, the fastest path.
         pooling: ``din_code`` or ``din_paper``.
         return_weights: also return the weight of every pair, ``[P]``, in the order of :func:`pairs`.
 

@@ -21,7 +21,8 @@ from torch.nn.functional import linear
 
 from couturier.kernels import dispatch
 from couturier.kernels.jagged import Block, blocks, pair_offsets, pairs
-from couturier.kernels.target_attention import torch_mlp
+from couturier.kernels.target_attention import torch_gate, torch_mlp
+from couturier.kernels.target_attention.gate import DiceGate
 
 # Pairs in one piece of the scorer: its activations (about 1 MB at H = 128) then stay in a core's cache, also when two
 # threads share it.
@@ -55,6 +56,12 @@ def mlp(
             scale = queries_RH.shape[1] ** -0.5 if softmax else 1.0
             found = torch_mlp.attend(first, keys_NH, values_NE, offsets, row_user, rest, scale, softmax, want_weights)
             return _narrow(found, dtype)
+        gate = activations[0]
+        if isinstance(gate, DiceGate) and len(rest) == 1 and dtype == queries_RH.dtype:
+            scale = queries_RH.shape[1] ** -0.5 if softmax else 1.0
+            return torch_gate.attend(
+                first, keys_NH, values_NE, offsets, row_user, gate, rest[0], scale, softmax, want_weights
+            )
         x = torch_mlp.first_layer(first, keys_NH, offsets, row_user)
     else:
         x = _a_pair(

@@ -56,7 +56,8 @@ class First:
     def out(self, rows: Places, keys_GLH: Tensor, out: Tensor | None = None) -> Tensor:
         """What comes out before the activation, ``[G, L, C F]``."""
         bias_G1X = rows.take(self.from_query_RF).flatten(1)[:, None]
-        return torch.baddbmm(bias_G1X, keys_GLH, self.matrix(rows).transpose(1, 2), out=out)
+        # Faster than baddbmm, which copies the bias to every place and reads it back.
+        return torch.bmm(keys_GLH, self.matrix(rows).transpose(1, 2), out=out).add_(bias_G1X)
 
 
 class FirstGrads:

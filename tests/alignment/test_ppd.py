@@ -268,7 +268,7 @@ def same(a: Path, b: Path) -> bool:
     return all(torch.equal(one[key], other[key]) for key in one) and curves[0].equals(curves[1])
 
 
-@pytest.mark.parametrize("source", ["taken", "judged"])
+@pytest.mark.parametrize("source", ["wanted", "taken", "judged"])
 def test_the_stage_ends_on_the_same_bits_when_it_was_killed(started: Path, source: str) -> None:
     own = dataclasses.replace(CONFIG.ppd, source=source, whole=source == "judged")
     config = dataclasses.replace(CONFIG, ppd=own)
@@ -287,7 +287,7 @@ def test_the_stage_ends_on_the_same_bits_when_it_was_killed(started: Path, sourc
 
 
 def test_settings_that_do_not_fit_are_refused(started: Path) -> None:
-    with pytest.raises(ConfigError, match="'guessed'; choose one of taken, judged"):
+    with pytest.raises(ConfigError, match="'guessed'; choose one of wanted, taken, judged"):
         PpdConfig(source="guessed")
     with pytest.raises(ConfigError, match=r"choose rl\.method=ppd|Choose rl\.method=ppd"):
         align.run(context(started, "ppd-wrong-method", align.Config(threads=1, method="imitation"), INPUTS))

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 from couturier.components.alignment import align
 from couturier.components.errors import ConfigError, DataError
 
-from .alignment_peers import grpo_step, methods, sampling
+from .alignment_peers import ceiling, grpo_step, methods, sampling
 
 
 def test_greedy_codes_are_those_of_transformers_generate() -> None:
@@ -74,7 +74,7 @@ def test_reward_curves_far_apart_are_told_from_curves_that_are_not() -> None:
 
 
 def test_the_methods_are_those_of_the_stage_and_a_wrong_one_is_named(tmp_path: Path) -> None:
-    assert methods.known() == ("base", *align.METHODS)
+    assert methods.known() == ("base", *align.METHODS, *methods.VARIANTS)
     with pytest.raises(ConfigError, match="method 'magic' is unknown; choose from base"):
         methods.compare(methods.Asked(workspace=tmp_path, methods=("magic",), seeds=(0,)), print)
     with pytest.raises(DataError, match="holds no finished evaluation; run `couturier retrain`"):
@@ -95,3 +95,11 @@ def test_a_person_counts_once_however_many_windows_and_seeds_they_have() -> None
     assert found == {"judge": {"a": 1.0, "b": 1.5}}
     assert methods.interval(found, "judge")[0] == 1.25
     assert methods.difference(found, {"judge": {"b": 1.0}}, "judge") == [0.5, 0.5, 0.5]
+
+
+def test_a_window_with_too_few_items_to_choose_from_misses_with_the_rest() -> None:
+    score = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
+    among = torch.tensor([[False, True, True], [True, False, False]])
+    basket = torch.tensor([[True, False, True], [True, True, True]])
+    assert ceiling.hits(score, among, basket, 2).tolist() == [[0.0, 1.0], [1.0, 0.0]]
+    assert ceiling.hits(score, among, basket, 0).shape == (2, 0)

@@ -76,7 +76,7 @@ def nobody(users: int) -> np.ndarray:
 
 def test_a_new_model_knows_how_often_each_code_stands_at_each_place(catalogue: Catalogue) -> None:
     """Before anything is learned it is the best denoiser of independent places, so its nats are theirs."""
-    diffusion = made(catalogue, dataclasses.replace(CONFIG, nats_levels=64))
+    diffusion = made(catalogue, dataclasses.replace(CONFIG, known=0, nats_levels=64))
     random = torch.Generator().manual_seed(0)
     chance_LK = diffusion.prior_LK.detach().softmax(-1)
     codes_NL = torch.multinomial(chance_LK, 400, replacement=True, generator=random).T
@@ -89,12 +89,29 @@ def test_a_new_model_knows_how_often_each_code_stands_at_each_place(catalogue: C
 
 
 def test_samples_follow_the_models_distribution(catalogue: Catalogue) -> None:
-    n, diffusion = 500, made(catalogue, dataclasses.replace(CONFIG, steps=60))
+    n, diffusion = 500, made(catalogue, dataclasses.replace(CONFIG, known=0, steps=60))
     chance_LK = diffusion.prior_LK.detach().softmax(-1)
     codes = diffusion.sample(nobody(1), n, seeds=[3], spread=False)[0]
     for place in range(CODES):
         share_K = torch.bincount(codes[:, place], minlength=CODEBOOK) / n
         assert float((share_K - chance_LK[place]).abs().sum()) < 0.45
+
+
+def test_a_new_model_knows_the_pictures_of_the_catalogue_and_draws_by_what_sells(catalogue: Catalogue) -> None:
+    """Before anything is learned its nats are those of the table of what sells, and so are its samples."""
+    diffusion = made(catalogue, dataclasses.replace(CONFIG, steps=40, nats_levels=64))
+    codes_IL, items = codes_of(len(catalogue)), len(catalogue)
+    share_I = torch.from_numpy(catalogue.items["purchases"].to_numpy() + 1.0)
+    share_I = 0.98 * share_I / share_I.sum()
+    # Noise of a picture is always the same, so each item is met once, and weighed.
+    found_I = diffusion.nats(nobody(items), codes_IL[:, None])[:, 0].double()
+    assert float((share_I * found_I).sum() / 0.98) == pytest.approx(
+        float(-(share_I * share_I.log()).sum() / 0.98), rel=0.1
+    )
+    drawn = diffusion.sample(nobody(1), 600, seeds=[3], spread=False)[0]
+    same = (drawn[:, None] == codes_IL).all(-1)
+    assert float(same.any(1).float().mean()) > 0.9
+    assert float((same.float().mean(0) - share_I).abs().sum()) < 0.35
 
 
 def test_it_learns_to_draw_what_the_history_shows(copier: DiffusionGenerator) -> None:

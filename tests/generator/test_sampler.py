@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from couturier.components.errors import ConfigError
-from couturier.components.generator.decoding import Decoding
+from couturier.components.generator import sampler
+from couturier.components.generator.decoding import Decoding, _Turn
 from couturier.components.generator.janus import JanusGenerator
 from couturier.components.generator.sampler import _distinct, _Points
+from couturier.components.runtime import threads
 
 
 def test_greedy_codes_are_the_argmax_of_the_teacher_forced_pass(
@@ -141,6 +145,31 @@ def test_many_samples_of_a_user_lie_in_several_rows_and_none_is_lost(
     assert torch.equal(greedy, generator.sample(histories, 1, seeds=[1, 2, 3], temperature=0).expand(-1, 35, -1))
 
 
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_users_shared_out_to_cores_get_the_same_pictures(
+    generator: JanusGenerator, histories: np.ndarray, guidance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two users on one core, one on the other; the greedy codes, and those of a seed."""
+    begun: list[int] = []
+    whole = sampler._sample_share
+
+    def counted(*given: Any, seeds: list[int], **how: Any) -> Tensor:
+        begun.append(len(seeds))
+        return whole(*given, seeds=seeds, **how)
+
+    monkeypatch.setattr(sampler, "_sample_share", counted)
+    for temperature in (0.0, 1.0):
+        how: dict[str, Any] = {"seeds": [1, 2, 3], "guidance": guidance, "temperature": temperature}
+        begun.clear()
+        with threads(1):
+            alone = generator.sample(histories, 24, **how)
+        assert begun == [3]
+        with threads(2):
+            shared = generator.sample(histories, 24, **how)
+        assert sorted(begun) == [1, 2, 3]
+        assert torch.equal(shared, alone)
+
+
 def test_prompts_that_occur_twice_are_read_once(generator: JanusGenerator, histories: np.ndarray) -> None:
     prompts = generator.prompts.build(histories[[0, 1, 0, 2]])
     free = prompts.unconditional(generator.prompts.pad_id)
@@ -167,11 +196,13 @@ def test_steps_of_one_shape_draw_the_same_codes(
 ) -> None:
     """What a GPU records as a graph: every slot is looked at in every step, those not yet filled weigh nothing."""
     plain = generator.sample(histories, 3, seeds=[1, 2, 3], guidance=2.0)
-    calls = []
+    calls: list[int] = []
 
-    def one_shape(self: Decoding, x_MD: Tensor, cos: Tensor, sin: Tensor, first: int, end: int) -> Tensor:
+    def one_shape(self: Decoding, x_MD: Tensor, turn: _Turn, first: int, end: int) -> Tensor:
+        if not calls:  # as they are where every slot is looked at
+            self.cache.k_lUGSd[:, :, :, first:], self.cache.v_lUGSd[:, :, :, first:] = 0, 0
         calls.append(end)
-        return self._static(x_MD, cos, sin, torch.arange(first, end))
+        return self._static(x_MD, turn, torch.arange(first, end))
 
     monkeypatch.setattr(Decoding, "_filled", one_shape)
     assert torch.equal(generator.sample(histories, 3, seeds=[1, 2, 3], guidance=2.0), plain)

@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from couturier.kernels.shared_prefix import PrefixCache, apart, reference, shared_prefix_attention, visible
+from couturier.kernels.shared_prefix import (
+    PrefixCache,
+    apart,
+    packed_attention,
+    reference,
+    shared_prefix_attention,
+    visible,
+)
 
 
 def _case(users: int, n: int, kv: int, rep: int, p: int, t: int, d: int, seed: int) -> tuple[Tensor, ...]:
@@ -45,6 +52,11 @@ def test_equals_the_plain_definition(users: int, n: int, kv: int, rep: int, p: i
     (pk, sk), (pv, sv) = apart(k, prompt=p, samples=n), apart(v, prompt=p, samples=n)
     expected = reference(q, pk, pv, mask, sk, sv)
     torch.testing.assert_close(_step(q, k, v, mask), expected, atol=1e-10, rtol=1e-10)
+    # In single precision a CPU goes another way, and the cache holds keys along the slots.
+    along = k.float().transpose(2, 3).contiguous().transpose(2, 3)
+    for keys in (k.float(), along):
+        found = _step(q.float(), keys, v.float(), mask)
+        torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=1e-5)
 
 
 def test_padding_in_the_prompt_changes_nothing() -> None:
@@ -79,3 +91,33 @@ def test_the_cache_has_a_slot_for_every_token_of_every_sample() -> None:
     assert torch.equal(own_UnTn, torch.eye(4, dtype=torch.bool)[None, :, None].expand(2, -1, 5, -1))
     assert (cache.bias_UnS[0, :, 0] == float("-inf")).all()
     assert (cache.bias_UnS[1, :, :3] == 0).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(1, 2),
+    st.integers(1, 2),
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.integers(0, 10_000),
+)
+def test_whole_rows_equal_attention_under_a_mask(
+    users: int, n: int, kv: int, rep: int, p: int, t: int, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    whole = p + n * t
+    q, k, v = (torch.randn(users, whole, heads, 4, generator=g, dtype=torch.float64) for heads in (kv * rep, kv, kv))
+    mask = torch.rand(users, p, generator=g) < 0.7
+    mask[:, -1] = True
+    owner = torch.cat([torch.full((p,), -1), torch.arange(n).repeat_interleave(t)])
+    keep = ((owner[:, None] == owner) | (owner == -1)) & torch.ones(whole, whole, dtype=torch.bool).tril()
+    real = torch.cat([mask, torch.ones(users, n * t, dtype=torch.bool)], 1)
+    keep = (keep & real[:, None]) | torch.eye(whole, dtype=torch.bool)
+    scores = torch.einsum("uqhd,ukhd->uhqk", q, k.repeat_interleave(rep, 2)) * 4**-0.5
+    weight = scores.masked_fill(~keep[:, None], float("-inf")).softmax(-1)
+    expected = torch.einsum("uhqk,ukhd->uqhd", weight, v.repeat_interleave(rep, 2))
+    found = packed_attention(q, k, v, mask, samples=n)
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(packed_attention(q[:, p - 1 :], k, v, mask, samples=n), expected[:, p - 1 :])

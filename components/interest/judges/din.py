@@ -23,7 +23,7 @@ W width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,12 +32,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from couturier.components.errors import ConfigError
-from couturier.components.interest.base import ContentJudge, JudgeConfig
+from couturier.components.interest.base import ContentJudge, JudgeConfig, ranking_loss
 from couturier.components.interest.items import Content, FeatureConfig
 from couturier.components.interest.layers import Dice, centre_inputs, mlp, time_bucket
 from couturier.components.interest.left_out import each_left_out
 from couturier.components.interest.types import HistoryBatch, TrainBatch
-from couturier.kernels.target_attention import mlp_attention
+from couturier.kernels.target_attention import Layer, mlp_attention
 
 _PAIRS = 1 << 21  # (candidate, behaviour) pairs scored at a time
 _AGES = 24
@@ -135,8 +135,11 @@ class DinJudge(ContentJudge):
         return kinds[self.config.activation]()
 
     def _encode(self, history: HistoryBatch) -> DinState:
-        keys_NW = self.embedding(history.features_ND)
-        keys_NW = keys_NW + history.weight_N.clamp_min(1e-2).log()[:, None] * self.amount
+        return self._state(history, self.embedding(history.features_ND))
+
+    def _state(self, history: HistoryBatch, items_NW: Tensor) -> DinState:
+        """What is kept of histories whose items have been embedded."""
+        keys_NW = torch.addcmul(items_NW, history.weight_N.clamp_min(1e-2).log()[:, None], self.amount)
         if self.config.ages:
             keys_NW = keys_NW + self.ages(time_bucket(history.age_days_N, _AGES))
         return DinState(keys_NW=keys_NW, weight_N=history.weight_N, offsets=history.offsets)
@@ -146,18 +149,17 @@ class DinJudge(ContentJudge):
         step = max(1, _PAIRS // max(1, len(state) * longest))
         if torch.is_grad_enabled() or step >= candidates_UCD.shape[1]:
             query_UCW = self.embedding(candidates_UCD)
-            return self._logit(self.interest(state, query_UCW), query_UCW, self._item_bias(candidates_UCD))
+            return self._judged(state, query_UCW, candidates_UCD)
         return torch.cat([self._score(state, part) for part in candidates_UCD.split(step, dim=1)], dim=1)
+
+    def _judged(self, state: DinState, query_UCW: Tensor, candidates_UCD: Tensor) -> Tensor:
+        return self._logit(self.interest(state, query_UCW), query_UCW, self._item_bias(candidates_UCD))
 
     def interest(self, state: DinState, query_UCW: Tensor) -> Tensor:
         """The history as each candidate sees it, ``[U, C, W]``; zeros for an empty one."""
         if self.config.mean_pool:
             return self._mean(state)[:, None].expand_as(query_UCW)
-        return self._attended(state, query_UCW)[0]
-
-    def _attended(self, state: DinState, query_UCW: Tensor) -> tuple[Tensor, Tensor]:
-        """What the attention unit pools, ``[U, C, W]``, and the weight of every pair of candidate and behaviour."""
-        layers = [(layer.weight, layer.bias) for layer in self.unit if isinstance(layer, nn.Linear)]
+        layers, gates = self._unit()
         # In full width even in mixed precision: weights that are a small difference of scores need it.
         with torch.autocast(query_UCW.device.type, enabled=False):
             return mlp_attention(
@@ -165,10 +167,16 @@ class DinJudge(ContentJudge):
                 state.keys_NW.float(),
                 state.offsets,
                 layers,
-                activations=None if self.config.form == "din_code" else list(self.unit)[1::2],
+                activations=gates,
                 pooling=self.config.form,
-                return_weights=True,
             )
+
+    def _unit(self) -> tuple[list[Layer], list[Callable[[Tensor], Tensor]] | None]:
+        """The attention unit's layers and activations, as the kernel takes them."""
+        layers: list[Layer] = [(layer.weight, layer.bias) for layer in self.unit if isinstance(layer, nn.Linear)]
+        if self.config.form == "din_code":
+            return layers, None
+        return layers, [one.gate() if isinstance(one, Dice) else one for one in list(self.unit)[1::2]]
 
     def _mean(self, state: DinState) -> Tensor:
         """``[U, W]``, each behaviour counting by its weight."""
@@ -190,9 +198,19 @@ class DinJudge(ContentJudge):
         found_X: Tensor = self.head(torch.cat(known, dim=-1).flatten(0, -2)).view(interest_XW.shape[:-1])
         return found_X + bias_X
 
+    def _logits(self, batch: TrainBatch) -> Tensor:
+        """``[U, C]``; items are embedded once where they are shown as the catalogue has them and it is not large."""
+        history, catalogue_ID = batch.history, batch.catalogue_ID
+        if catalogue_ID is None or history.items_N is None or len(catalogue_ID) > len(history.features_ND):
+            return self._score(self._encode(history), batch.candidates_UCD)
+        items_IW = self.embedding(catalogue_ID)
+        state = self._state(history, items_IW.index_select(0, history.items_N))
+        query_UCW = items_IW.index_select(0, batch.items_UC.clamp_min(0).flatten()).unflatten(0, batch.items_UC.shape)
+        return self._judged(state, query_UCW, batch.candidates_UCD)
+
     def loss(self, batch: TrainBatch, noise: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The ranking loss, and mini-batch-aware L2 where it is asked for."""
-        loss, parts = super().loss(batch, noise)
+        loss, parts = ranking_loss(self._logits(batch), batch, self.config.bce)
         if not self.config.mba_l2 or not self.items.config.ids:
             return loss, parts
         held = [batch.items_UC.flatten()] + ([] if batch.history.items_N is None else [batch.history.items_N])
@@ -232,7 +250,16 @@ class DinJudge(ContentJudge):
             out_UT[real_UT] = state.weight_N.clamp_min(0)
             out_UT = out_UT / out_UT.sum(-1, keepdim=True).clamp_min(1e-6)
             return out_UT[:, None].expand_as(out_UCT)
-        out_UCT[real_UCT] = self._attended(state, query_UCW)[1]
+        layers, gates = self._unit()
+        out_UCT[real_UCT] = mlp_attention(
+            query_UCW,
+            state.keys_NW,
+            state.offsets,
+            layers,
+            activations=gates,
+            pooling=self.config.form,
+            return_weights=True,
+        )[1]
         return out_UCT
 
 

@@ -20,22 +20,20 @@ A heads, E width of a head, S pool, I items, D features.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from couturier.components.errors import ConfigError, DataError
 from couturier.components.interest.base import ContentJudge, JudgeConfig, ranking_loss
 from couturier.components.interest.items import Content, FeatureConfig
 from couturier.components.interest.layers import centre_inputs
+from couturier.components.interest.softmax import softmax_in_pieces
 from couturier.components.interest.types import HistoryBatch, TrainBatch
-
-_PIECE = 1 << 19  # logits at a time, so that a piece stays in the cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,8 +197,11 @@ class SasrecJudge(ContentJudge):
         history = batch.history.newest(self.config.length)
         if history.items_N is None:
             raise DataError("sasrec learns which item came next: give the history its items_N.")
-        catalogue_ID = self.embed_items()
-        rows_NW = self.tower(history.features_ND)
+        catalogue_ID = self.embed_items() if batch.catalogue_ID is None else batch.catalogue_ID
+        # Items are projected once, where they are shown as the catalogue has them and it is projected anyway.
+        whole = batch.catalogue_ID is not None and self.config.loss == "softmax"
+        items_IW = self.tower(catalogue_ID) if whole else None
+        rows_NW = self.tower(history.features_ND) if items_IW is None else items_IW.index_select(0, history.items_N)
         states_NW = self._states(history, rows_NW, noise)
         last_UW = self._last(history, states_NW)
         taken_UP = batch.items_UC[:, : batch.positives]
@@ -209,24 +210,37 @@ class SasrecJudge(ContentJudge):
         before_NW = torch.where(first_N1[:, None], self.nothing, shift)
         next_ = _Next(
             states_KW=torch.cat([before_NW, last_UW.repeat_interleave(batch.positives, 0)]),
-            own_KW=torch.cat([rows_NW, self.tower(catalogue_ID[taken_UP.flatten()])]),
+            own_KW=torch.cat([rows_NW, self._projected(catalogue_ID, items_IW, taken_UP.flatten())]),
             items_K=torch.cat([history.items_N, taken_UP.flatten()]),
             share_K=torch.cat(
                 [last_UW.new_ones(len(before_NW)), last_UW.new_full((taken_UP.numel(),), 1 / batch.positives)]
             ),
         )
-        total = self._next_loss(next_, batch, catalogue_ID, noise)
+        total = self._next_loss(next_, batch, catalogue_ID, items_IW, noise)
         loss = total / (max(1, len(history)) * self.config.length)
         parts = {"next": (total / next_.share_K.sum().clamp_min(1)).detach()}
         shown_UCD = batch.candidates_UCD
-        if torch.equal(shown_UCD.detach(), catalogue_ID[batch.items_UC.clamp_min(0)].detach()):
+        if batch.catalogue_ID is not None or torch.equal(
+            shown_UCD.detach(), catalogue_ID[batch.items_UC.clamp_min(0)].detach()
+        ):
             return loss, parts
         shown, shown_parts = ranking_loss((self.tower(shown_UCD) @ last_UW[..., None])[..., 0], batch, self.config.bce)
         return loss + shown, parts | shown_parts
 
-    def _next_loss(self, next_: _Next, batch: TrainBatch, catalogue_ID: Tensor, noise: torch.Generator) -> Tensor:
+    def _projected(self, catalogue_ID: Tensor, items_IW: Tensor | None, items_K: Tensor) -> Tensor:
+        found_KW: Tensor = self.tower(catalogue_ID[items_K]) if items_IW is None else items_IW.index_select(0, items_K)
+        return found_KW
+
+    def _next_loss(
+        self,
+        next_: _Next,
+        batch: TrainBatch,
+        catalogue_ID: Tensor,
+        items_IW: Tensor | None,
+        noise: torch.Generator,
+    ) -> Tensor:
         if self.config.loss == "softmax":
-            items_IW = self.tower(catalogue_ID)
+            items_IW = self.tower(catalogue_ID) if items_IW is None else items_IW
             return next_softmax(next_, items_IW, items_IW.new_zeros(len(items_IW)), None)
         pool_S, log_q_S = batch.pool_S, batch.pool_log_q_S
         if pool_S is None or log_q_S is None:
@@ -325,74 +339,4 @@ def next_softmax(next_: _Next, items_SW: Tensor, bias_S: Tensor, pool_S: Tensor 
         pool_S: which catalogue items they are; None for the whole catalogue in its order.
     """
     own_K = (next_.states_KW * next_.own_KW).sum(-1)
-    found: Tensor = _Softmax.apply(next_.states_KW, own_K, items_SW, bias_S, pool_S, next_.items_K, next_.share_K)
-    return found
-
-
-class _Softmax(torch.autograd.Function):
-    """The cross-entropy and its gradients in one pass over pieces: the ``[K, S]`` logits never exist as a whole."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        states_KW: Tensor,
-        own_K: Tensor,
-        items_SW: Tensor,
-        bias_S: Tensor,
-        pool_S: Tensor | None,
-        items_K: Tensor,
-        share_K: Tensor,
-    ) -> Tensor:
-        # In full width even in mixed precision: a log of a sum over a catalogue has no digits to give away.
-        with torch.autocast(states_KW.device.type, enabled=False):
-            total, *found = _cross_entropy(
-                states_KW.float(), own_K.float(), items_SW.float(), bias_S.float(), pool_S, items_K, share_K.float()
-            )
-        ctx.save_for_backward(*found)
-        ctx.dtypes = states_KW.dtype, own_K.dtype, items_SW.dtype
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        d_states, d_own, d_items = (
-            (grad * value).to(dtype) for value, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return d_states, d_own, d_items, None, None, None, None
-
-
-def _cross_entropy(
-    states: Tensor,
-    own: Tensor,
-    items: Tensor,
-    bias_S: Tensor,
-    pool_S: Tensor | None,
-    items_K: Tensor,
-    share_K: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and its gradients for the states, the own scores and the items."""
-    d_states, d_own, d_items = torch.zeros_like(states), torch.zeros_like(own), torch.zeros_like(items)
-    total = own.new_zeros(())
-    for piece in _pieces(len(states), len(items)):
-        logits = torch.addmm(bias_S, states[piece], items.T)
-        # The item itself is not among the others.
-        if pool_S is None:
-            logits.scatter_(1, items_K[piece, None], -torch.inf)
-        else:
-            logits.masked_fill_(pool_S == items_K[piece, None], -torch.inf)
-        top = torch.maximum(logits.amax(1), own[piece])
-        chance = logits.sub_(top[:, None]).exp_()
-        own_chance = (own[piece] - top).exp_()
-        mass = chance.sum(1) + own_chance
-        total += ((mass.log() + top - own[piece]) * share_K[piece]).sum()
-        rate = share_K[piece] / mass
-        chance.mul_(rate[:, None])
-        torch.mm(chance, items, out=d_states[piece])
-        d_items.addmm_(chance.T, states[piece])
-        d_own[piece] = own_chance * rate - share_K[piece]
-    return total, d_states, d_own, d_items
-
-
-def _pieces(rows: int, wide: int) -> Iterator[slice]:
-    step = max(1, _PIECE // max(1, wide))
-    return (slice(at, min(rows, at + step)) for at in range(0, rows, step))
+    return softmax_in_pieces(next_.states_KW, own_K, items_SW, bias_S, pool_S, next_.items_K, next_.share_K)

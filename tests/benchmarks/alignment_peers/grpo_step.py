@@ -5,7 +5,7 @@ Text only, since TRL makes no pictures. Our side is the sampler, the packed log-
 update a batch, without a KL term, and draw independent samples. The end-of-sequence token lies beyond the model's
 vocabulary, so that every completion has all its tokens.
 
-Legend: U prompts, n samples a prompt (the group), L tokens a sample, P prompt tokens, S = P + n (L - 1).
+Legend: U prompts, n samples a prompt (the group), L tokens a sample, P prompt tokens, S = L - 1, D width.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from couturier.components.alignment.grpo import policy_loss
 from couturier.components.alignment.rewards import advantages
 from couturier.components.generator.decoding import Decoder, Prefix
+from couturier.components.generator.packed import packed_hidden
 from couturier.components.generator.sampler import SamplerSettings, sample_tokens
 from couturier.components.runtime import global_seed, seeded, threads
 
@@ -75,7 +76,8 @@ class Ours:
         self.ids_UP = torch.tensor([[int(word[1:]) for word in prompt.split()] for prompt in prompts])
         self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=LR, weight_decay=0.0)
         self.random = seeded(seed, "alignment", "rollouts")
-        self.keep_SS, self.position_S = _packed(PROMPT_TOKENS, GROUP, LENGTH - 1)
+        self.mask_UP = torch.ones_like(self.ids_UP, dtype=torch.bool)
+        self.position_UP = torch.arange(PROMPT_TOKENS).expand(len(self.ids_UP), -1)
 
     def step(self) -> float:
         """Draw, reward, update; the mean reward."""
@@ -94,10 +96,7 @@ class Ours:
         """Tokens ``[U, n, L]``."""
         embed = self.model.model.embed_tokens
         decoder = Decoder(lm=self.model.model, head=self.model.lm_head, embed=embed)
-        position_UP = torch.arange(PROMPT_TOKENS).expand(len(self.ids_UP), -1)
-        prefix = Prefix(
-            x_NPD=embed(self.ids_UP), mask_NP=torch.ones_like(self.ids_UP, dtype=torch.bool), position_NP=position_UP
-        )
+        prefix = Prefix(x_NPD=embed(self.ids_UP), mask_NP=self.mask_UP, position_NP=self.position_UP)
         seeds = torch.randint(2**62, (len(self.ids_UP),), generator=self.random).tolist()
         row_BU = torch.arange(len(self.ids_UP))[None]
         how = SamplerSettings(spread=False)
@@ -105,25 +104,12 @@ class Ours:
 
     def log_prob(self, tokens_UnL: Tensor) -> Tensor:
         """Log-probability of every token ``[U, n, L]``: a prompt once, its samples behind it."""
-        ids_US = torch.cat([self.ids_UP, tokens_UnL[:, :, :-1].flatten(1)], 1)
-        hidden = self.model.model(
-            input_ids=ids_US,
-            attention_mask=self.keep_SS[None, None].expand(len(ids_US), -1, -1, -1),
-            position_ids=self.position_S.expand(len(ids_US), -1),
-            use_cache=False,
-        ).last_hidden_state
-        p = PROMPT_TOKENS
-        first = hidden[:, p - 1, None, None].expand(-1, GROUP, -1, -1)
-        logits = self.model.lm_head(torch.cat([first, hidden[:, p:].unflatten(1, (GROUP, -1))], 2))
+        embed, mask_UP, position_UP = self.model.model.embed_tokens, self.mask_UP, self.position_UP
+        own_UnSD = embed(tokens_UnL[:, :, :-1])
+        last_UD, rest_UnSD = packed_hidden(self.model.model, embed(self.ids_UP), own_UnSD, mask_UP, position_UP)
+        first_UnD = last_UD[:, None].expand(-1, GROUP, -1)
+        logits = self.model.lm_head(torch.cat([first_UnD[:, :, None], rest_UnSD], 2))
         return -F.cross_entropy(logits.flatten(0, 2), tokens_UnL.flatten(), reduction="none").view(tokens_UnL.shape)
-
-
-def _packed(p: int, n: int, own: int) -> tuple[Tensor, Tensor]:
-    """Who may look at whom ``[S, S]``, and every token's position ``[S]``."""
-    block_S = torch.cat([torch.full((p,), -1), torch.arange(n).repeat_interleave(own)])
-    mate_SS = (block_S[:, None] == block_S[None]) | (block_S[None] == -1)
-    position_S = torch.cat([torch.arange(p), p + torch.arange(own).repeat(n)])
-    return torch.ones_like(mate_SS).tril() & mate_SS, position_S
 
 
 def run_ours(folder: Path, prompts: list[str], *, seed: int, steps: int, cores: int) -> dict[str, Any]:

@@ -12,10 +12,12 @@ settings: ``--set METHOD:name=value``, with the seconds each method took in the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +28,28 @@ from couturier.components.alignment import align, sft
 from couturier.components.errors import ConfigError, DataError
 from couturier.components.evaluation import evaluate
 from couturier.components.evaluation.statistics import bootstrap, paired_difference
-from couturier.components.files import read_json
-from couturier.components.lineage.stages import MANIFEST, Artifact, ArtifactStore, Stage
+from couturier.components.files import read_json, sha256_of_json
+from couturier.components.lineage.stages import MANIFEST, Artifact, ArtifactStore, Stage, StageContext
 from couturier.components.lineage.workspace import Workspace
 from couturier.flows import recipes
 
+from . import ceiling
+
 BASE, ALIGNED = "base", "grpo"
 """``ALIGNED`` is what the evaluation calls the row of stage ``rl``, whatever its method."""
+VARIANTS = {
+    "grpo_credit": ("grpo", ("rl.grpo.credit.kind=coupled",)),
+    "grpo_random_credit": ("grpo", ("rl.grpo.credit.kind=random",)),
+}
+"""Rows that are a method with one option turned: its name and settings."""
 SHARED_ROWS = ("sft", "sft_guided", "best_of_n", "popularity", "copy_favourites", "nearest_item", "oracle")
-METRICS = ("basket_precision", "judge", "distinct_hits", "ndcg@10", "sim_next", "diversity", "copied", "mush")
+FINE_TUNED_ROWS = ("sft", "sft_wrong_user", "unconditional", "sft_guided", "best_of_n")
+"""What an evaluation draws from the model before alignment: the same for every method."""
+AGAINST = ("wrong_user", "popularity_eq", "copy_favourites_eq")
+"""Controls that belong to each aligned model: another person's pictures from it, and real items that are shown as much
+anew, and repeated as much, as its own."""
+PRECISION = "basket_precision"
+METRICS = (PRECISION, "judge", "distinct_hits", "ndcg@10", "sim_next", "diversity", "copied", "mush")
 INPUTS = ("sequences", "tokenise", "judge", "sft")
 
 
@@ -52,11 +67,12 @@ class Asked:
 
 def known() -> tuple[str, ...]:
     """The methods there are."""
-    return (BASE, *align.METHODS)
+    return (BASE, *align.METHODS, *VARIANTS)
 
 
 def compare(asked: Asked, say: Callable[[str], None]) -> dict[str, Any]:
     """``rows``: metric → ``[mean, low, high]`` over people, values averaged over seeds first; ``minus_sft`` likewise;
+    ``against``: of each method, what its basket precision has over its own controls; ``ceiling``: of none;
     ``seconds``: of each method's stage, mean over seeds; ``left_out``: methods that cannot run here, and why.
 
     Raises:
@@ -69,6 +85,7 @@ def compare(asked: Asked, say: Callable[[str], None]) -> dict[str, Any]:
     store = ArtifactStore(Workspace(project=asked.workspace, root=asked.workspace))
     inputs = finished(store)
     frames: dict[str, list[pl.DataFrame]] = {}
+    against: dict[tuple[str, str], list[pl.DataFrame]] = {}
     seconds: dict[str, list[float]] = {}
     left_out: dict[str, str] = {}
     for method, seed in itertools.product(asked.methods, asked.seeds):
@@ -83,6 +100,8 @@ def compare(asked: Asked, say: Callable[[str], None]) -> dict[str, Any]:
             continue
         found = pl.read_parquet(proof.path / evaluate.PER_USER)
         frames.setdefault(method, []).append(found.filter(pl.col("row") == ALIGNED))
+        for row in AGAINST:
+            against.setdefault((method, row), []).append(found.filter(pl.col("row") == row))
         seconds.setdefault(method, []).append(float(store.manifest(made.id)["seconds"]))
         for row in SHARED_ROWS:
             frames.setdefault(row, []).append(found.filter(pl.col("row") == row))
@@ -97,7 +116,12 @@ def compare(asked: Asked, say: Callable[[str], None]) -> dict[str, Any]:
             for row, of in people.items()
             if row != "sft"
         },
+        "against": {
+            method: {row: difference(people[method], by_person(against[method, row]), PRECISION) for row in AGAINST}
+            for method in seconds
+        },
         "seconds": {method: float(np.mean(all_)) for method, all_ in seconds.items()},
+        "ceiling": ceiling.ceiling(store, inputs, recipes.named(asked.recipe, []).rl.prospect, seed=asked.seeds[0]),
         "left_out": left_out,
         "inputs": inputs,
         "seeds": list(asked.seeds),
@@ -126,27 +150,50 @@ def run(
     store: ArtifactStore, inputs: dict[str, str], asked: Asked, method: str, seed: int
 ) -> tuple[Artifact, Artifact]:
     """The model that a method makes, and its evaluation; what the workspace has is not made again."""
-    plan = recipes.named(asked.recipe, [*settings_of(method, asked.settings), f"seed={seed}"])
+    of, turned = VARIANTS.get(method, (method, ()))
+    given = settings_of(method, asked.settings, of)
+    plan = recipes.named(asked.recipe, [*given, *turned, f"seed={seed}"])
     without_sft = {name: inputs[name] for name in INPUTS if name not in ("judge", "sft")}
     if method == BASE:
         untrained = dataclasses.replace(plan.sft, grounding_steps=0, steps=0)
         made = store.materialise(Stage(name="sft", run=sft.run, config=untrained, inputs=without_sft))
     else:
-        config = dataclasses.replace(plan.rl, method=method)
+        config = dataclasses.replace(plan.rl, method=of)
         made = store.materialise(Stage(name="rl", run=align.run, config=config, inputs=inputs))
-    proof = Stage(name="evaluate", run=evaluate.run, config=plan.evaluate, inputs=inputs | {"rl": made.id})
+    kept = store.workspace.scratch / f"drawn-{sha256_of_json([inputs, asdict(plan.evaluate)])[:16]}"
+    evaluated = evaluate.run if method == BASE else sharing(evaluate.run, kept)
+    proof = Stage(name="evaluate", run=evaluated, config=plan.evaluate, inputs=inputs | {"rl": made.id})
     return made, store.materialise(proof)
 
 
-def settings_of(method: str, settings: Sequence[str]) -> list[str]:
-    """The settings that hold for a method.
+def sharing(run: Callable[[StageContext], None], kept: Path) -> Callable[[StageContext], None]:
+    """An evaluation that takes what the fine-tuned model drew for this seed from another method's evaluation."""
+
+    @functools.wraps(run)
+    def shared(ctx: StageContext) -> None:
+        drawn = ctx.scratch / "drawn"
+        for folder in (drawn, kept):
+            folder.mkdir(parents=True, exist_ok=True)
+        for name in (f"{row}.safetensors" for row in FINE_TUNED_ROWS):
+            if (kept / name).exists() and not (drawn / name).exists():
+                os.link(kept / name, drawn / name)
+        run(ctx)
+        for name in (f"{row}.safetensors" for row in FINE_TUNED_ROWS):
+            if (drawn / name).exists() and not (kept / name).exists():
+                os.link(drawn / name, kept / name)
+
+    return shared
+
+
+def settings_of(method: str, settings: Sequence[str], of: str = "") -> list[str]:
+    """The settings that hold for a method, and for the one that it is a variant ``of``.
 
     Example:
         >>> settings_of("grpo", ["threads=1", "grpo:rl.grpo.steps=9", "ppd:rl.ppd.steps=9"])
         ['threads=1', 'rl.grpo.steps=9']
     """
     parted = [text.partition(":") for text in settings]
-    return [tail if mark else head for head, mark, tail in parted if not mark or head == method]
+    return [tail if mark else head for head, mark, tail in parted if not mark or head in (method, of)]
 
 
 def by_person(parts: list[pl.DataFrame]) -> dict[str, dict[str, float]]:
@@ -214,6 +261,16 @@ def markdown(found: dict[str, Any], facts: dict[str, Any]) -> str:
     lines.append("|---|" + "---:|" * len(seen))
     for name, values in found["minus_sft"].items():
         lines.append(f"| {name} | " + " | ".join(_cell(values.get(metric), sign="+") for metric in seen) + " |")
+    lines += [
+        "",
+        "Basket precision of each method less its own controls: the pictures it draws for somebody else, and real "
+        "items (by popularity, of the favourites) as new to the person and as often repeated as its own:",
+        "",
+    ]
+    lines += ["| row | " + " | ".join(AGAINST) + " |", "|---|" + "---:|" * len(AGAINST)]
+    for name, values in found["against"].items():
+        lines.append(f"| {name} | " + " | ".join(_cell(values[row], sign="+") for row in AGAINST) + " |")
+    lines += ["", *ceiling.markdown(found["ceiling"])]
     return "\n".join([*lines, "", "Made by `tests/benchmarks/alignment.py`.", ""])
 
 

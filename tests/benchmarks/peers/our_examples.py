@@ -65,6 +65,7 @@ class History:
         starts = np.flatnonzero(np.r_[True, np.diff(events["user"]) != 0])
         count = len(events["user"])
         self.row_of = {int(user): place for place, user in enumerate(events["user"][starts])}
+        self._users = events["user"][starts]
         self.shard = Shard(
             users_U=events["user"][starts],
             offsets=np.r_[starts, count].astype(np.int64),
@@ -76,7 +77,7 @@ class History:
 
     def batch(self, users: np.ndarray, lengths: np.ndarray, now_s: np.ndarray, items_ID: torch.Tensor) -> HistoryBatch:
         """What is shown of each user's first ``lengths`` events, seen from ``now_s``."""
-        rows = np.array([self.row_of[int(user)] for user in users])
+        rows = np.searchsorted(self._users, users)
         begin = self.shard.offsets[:-1][rows]
         if self.favourites:
             return self._favourites(begin, begin + lengths, now_s, items_ID)
@@ -110,7 +111,7 @@ class History:
         )
 
     def lengths(self, users: np.ndarray) -> np.ndarray:
-        rows = np.array([self.row_of[int(user)] for user in users])
+        rows = np.searchsorted(self._users, users)
         return self.shard.offsets[1:][rows] - self.shard.offsets[:-1][rows]
 
 
@@ -124,6 +125,7 @@ class CtrExamples:
         self.history, self.now_s, self.setting = history, now_s[:: self.each], setting
         self.steps_an_epoch = max(1, len(self.users) // setting.log.batch)
         self._chosen = np.zeros(0, dtype=np.int64)
+        self._order = (-1, self._chosen)
 
     def rows(self) -> list[int]:
         return self._chosen.tolist()
@@ -137,7 +139,10 @@ class CtrExamples:
     def batch(self, judge: ContentJudge, step: int) -> TrainBatch:
         """The batch of a step; every epoch has an order of its own."""
         epoch, place = divmod(step, self.steps_an_epoch)
-        order = seeded_numpy(self.setting.loop.seed, "ctr", str(epoch)).permutation(len(self.users))
+        if self._order[0] != epoch:
+            random = seeded_numpy(self.setting.loop.seed, "ctr", str(epoch))
+            self._order = epoch, random.permutation(len(self.users))
+        order = self._order[1]
         size = self.setting.log.batch
         chosen = self._chosen = order[place * size : (place + 1) * size]
         items_ID = judge.embed_items()
@@ -147,6 +152,7 @@ class CtrExamples:
             items_UC=items_UC,
             candidates_UCD=items_ID[items_UC],
             positives=1,
+            catalogue_ID=items_ID,
         )
 
     @torch.no_grad()
@@ -206,6 +212,7 @@ class Moments:
             items_UC=items_UC,
             candidates_UCD=items_ID[items_UC.clamp_min(0)],
             positives=self.setting.positives,
+            catalogue_ID=items_ID,
         )
 
     def rows(self) -> list[int]:

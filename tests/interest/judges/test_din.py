@@ -146,6 +146,25 @@ def test_mini_batch_aware_l2_leaves_unseen_rows_exactly_as_they_are() -> None:
     assert torch.equal(parts["mba_l2"], mini_batch_aware_l2(table, seen, judge.counts_I).detach())
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_catalogue_that_is_shown_as_it_is_gives_the_same_loss_and_gradients(form: Form) -> None:
+    judge = made(DinConfig(form=form)).train()
+    items_UC, items_ID = torch.tensor([[3, 4, -1], [1, 7, 8]]), judge.embed_items()
+    history = lived(judge, [1, 2, 2, 5, 6, 8, 9, 3], [4, 4, 7, 0, 11, 2])
+    batch = TrainBatch(
+        history=replace(history, features_ND=items_ID[history.items_N]),
+        items_UC=items_UC,
+        candidates_UCD=items_ID[items_UC.clamp_min(0)],
+        positives=1,
+    )
+    found = {}
+    for name, catalogue_ID in (("rows", None), ("once", items_ID)):
+        loss, _ = judge.loss(replace(batch, catalogue_ID=catalogue_ID), seeded(0))
+        leaves = [judge.embedding.weight, judge.items.identity.weight]
+        found[name] = loss, *torch.autograd.grad(loss, leaves, retain_graph=True)
+    torch.testing.assert_close(found["once"], found["rows"])
+
+
 @pytest.mark.parametrize(
     "config", [*(DinConfig(form=form, activation="prelu") for form in FORMS), DinConfig(mean_pool=True)]
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 from pathlib import Path
 
 import numpy as np
@@ -106,18 +107,33 @@ def test_states_are_of_what_can_be_read() -> None:
         judge.states(lived(judge, [1, 2], in_time_order=False))
 
 
-def rows_of_loss(seed: int, dtype: torch.dtype = torch.float32) -> tuple[_Next, torch.Tensor]:
+@pytest.mark.parametrize("loss", ["softmax", "gbce"])
+def test_a_catalogue_that_is_shown_as_it_is_gives_the_same_loss_and_gradients(loss: Literal["softmax", "gbce"]) -> None:
+    judge = made(replace(SMALL, loss=loss))
+    batch = batch_of(judge, [[1, 2, 3, 4, 5, 6, 7, 8], [9], []], [3, 4, 5], [6])
+    found = []
+    for catalogue_ID in (None, judge.embed_items()):
+        total, _ = judge.loss(replace(batch, catalogue_ID=catalogue_ID), seeded(0))
+        leaves = [judge.tower.weight, judge.items.identity.weight, judge.nothing]
+        found.append((total, *torch.autograd.grad(total, leaves, retain_graph=True)))
+    torch.testing.assert_close(*found)
+
+
+def rows_of_loss(seed: int, dtype: torch.dtype = torch.float32, *, scale: float = 1.0) -> tuple[_Next, torch.Tensor]:
     random = torch.Generator().manual_seed(seed)
     items_IW = torch.randn(ITEMS, 4, generator=random, dtype=dtype).requires_grad_()
     items_K = torch.randint(ITEMS, (40,), generator=random)
-    states_KW = torch.randn(40, 4, generator=random, dtype=dtype).requires_grad_()
+    states_KW = (scale * torch.randn(40, 4, generator=random, dtype=dtype)).requires_grad_()
     share_K = torch.rand(40, generator=random, dtype=dtype)
     return _Next(states_KW=states_KW, own_KW=items_IW[items_K], items_K=items_K, share_K=share_K), items_IW
 
 
-def test_the_softmax_in_pieces_is_cross_entropy_with_all_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("couturier.components.interest.judges.sasrec._PIECE", 7 * ITEMS)
-    next_, items_IW = rows_of_loss(0)
+@pytest.mark.parametrize("scale", [1.0, 100.0])  # the larger one's exponentials overflow
+def test_the_softmax_in_pieces_is_cross_entropy_with_all_its_gradients(
+    monkeypatch: pytest.MonkeyPatch, scale: float
+) -> None:
+    monkeypatch.setattr("couturier.components.interest.softmax._PIECE", 7 * ITEMS)
+    next_, items_IW = rows_of_loss(0, scale=scale)
     found = next_softmax(next_, items_IW, torch.zeros(ITEMS), None)
     wanted = (F.cross_entropy(next_.states_KW @ items_IW.T, next_.items_K, reduction="none") * next_.share_K).sum()
     torch.testing.assert_close(found, wanted)
