@@ -9,9 +9,9 @@ One model is aligned with everybody at once, since it is told whose preference c
 other. The reference knows no user: it is the base model, kept as it was. By default all weights learn; a tiny base
 has too little to say through what PPD adds alone.
 
-Errors are weighted as in the likelihood integral (:meth:`Denoiser.error_nats`), so that ``beta`` counts nats, as in DPO
-of language models; the paper's code weighs all levels alike and takes beta in the thousands. Which pairs are mined from
-behaviour logs is ours, since people here rate nothing: they take, or they pass over, and a reward says the rest.
+Errors are what the denoiser is trained on, in nats (:meth:`Denoiser.error_of`), so that ``beta`` counts nats, as in DPO
+of language models; the paper's are squared errors of the noise, and its beta counts in thousands. Which pairs are mined
+from behaviour logs is ours, since people here rate nothing: they take, or they pass over, and a reward says the rest.
 
 Legend: U users, n pictures a user, N = U * n, L codes a picture, K favourites, I items, E user tokens, W width,
 P pairs.
@@ -117,10 +117,10 @@ def ppd_loss(
     half, time_N = generator.noise_for(given.better_UnL.flatten(0, 1), random)
     noise, time = torch.cat([half, half]), torch.cat([time_N, time_N])
     own = generator.condition(given.favourites_UK, users_UEW=users_UEW).repeat(n)
-    error_N = generator.error_nats(codes_NL, noise, time, own.beside(own))
+    error_N = generator.error_of(codes_NL, noise, time, own.beside(own))
     with torch.no_grad():
         base = reference.condition(given.favourites_UK).repeat(n)
-        reference_N = reference.error_nats(codes_NL, noise, time, base.beside(base))
+        reference_N = reference.error_of(codes_NL, noise, time, base.beside(base))
     gain_w, gain_l = (reference_N - error_N).view(2, u, n)
     margin_Un = gain_w - gain_l
     return -F.logsigmoid(beta * margin_Un), margin_Un, error_N.view(2, u, n)[0]
