@@ -36,6 +36,7 @@ from couturier.components.alignment.rewards import membership, score
 from couturier.components.alignment.scene import Scene
 from couturier.components.alignment.watch import Watch
 from couturier.components.errors import ConfigError
+from couturier.components.generator.tokenise import one_cycle
 from couturier.components.generator.types import PreferenceConfig
 from couturier.components.together import share
 
@@ -58,7 +59,7 @@ class PpdConfig:
     whole: bool = True
     """Whether the base model's own weights learn, too; else only what PPD adds to it (the paper's pictures come from a
     base a thousand times larger, which need not move)."""
-    steps: int = 120
+    steps: int = 300
     prompts: int = 24
     """Windows a step."""
     pairs: int = 2
@@ -67,11 +68,11 @@ class PpdConfig:
     """Pictures drawn a window, of which "judged" takes the best and the worst."""
     beta: float = 0.1
     """How firmly the model is held to the base, per nat."""
-    anchor: float = 0.0
+    anchor: float = 0.2
     """Weight of the plain denoising error of the preferred picture, in nats, beside the preference loss."""
-    lr: float = 1e-3
+    lr: float = 3e-3
+    """At the top of a cosine."""
     weight_decay: float = 0.01
-    warm_up_steps: int = 10
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
@@ -188,7 +189,7 @@ class Ppd:
         pictures = 2 * each_Un.numel()
         return Step(
             loss=loss,
-            rate=config.lr * min(1.0, (at + 1) / max(1, config.warm_up_steps)),
+            rate=config.lr * one_cycle(at, config.steps),
             windows=rows,
             values={
                 "ppd_loss": float(each_Un.detach().mean()),

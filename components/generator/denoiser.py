@@ -141,6 +141,7 @@ class Denoiser(nn.Module):
             )
             self.ask = nn.Linear(w, config.liking)
             nn.init.zeros_(self.ask.weight)
+            nn.init.zeros_(self.ask.bias)
 
     @torch.no_grad()
     def _first_weights(self) -> None:

@@ -32,7 +32,8 @@ FAMILIES = ("janus", "emu3", "diffusion")
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
-    """The shape of the denoiser, and how it draws."""
+    """The shape of the denoiser, and how it draws. It learns best at twice the any-to-any model's rate: on the demo,
+    ``--set sft.generator.family=diffusion --set sft.lr=2e-3``."""
 
     width: int = 128
     layers: int = 2
