@@ -62,19 +62,31 @@ def smoke() -> Recipe:
     codec = dataclasses.replace(base.tokenise.codec, codebook=64, width=32, blocks=1)
     eyes = dataclasses.replace(base.judge.encoder, steps=40)
     tiny = dataclasses.replace(base.sft.generator, width=64, layers=2, ffn=128, history=6)
+    denoiser = dataclasses.replace(base.sft.diffusion, width=64, layers=1, history=6, steps=6, nats_levels=4)
+    ppd, pigeon = base.rl.ppd, base.rl.pigeon
+    pairs = dataclasses.replace(pigeon.pairs, steps=4, batch=4, windows=16, valid_windows=8)
     made = dataclasses.replace(
         base,
         sequences=dataclasses.replace(base.sequences, max_users=160, max_items=96, windows_per_user=6),
         tokenise=dataclasses.replace(base.tokenise, codec=codec, steps=80, eyes_steps=20, checkpoint_every=20),
         judge=dataclasses.replace(base.judge, encoder=eyes, steps=60, batch=64, checkpoint_every=20),
         sft=dataclasses.replace(
-            base.sft, generator=tiny, grounding_steps=8, steps=24, checkpoint_every=8, valid_every=16, valid_windows=32
+            base.sft,
+            generator=tiny,
+            diffusion=denoiser,
+            grounding_steps=8,
+            steps=24,
+            checkpoint_every=8,
+            valid_every=16,
+            valid_windows=32,
         ),
         rl=dataclasses.replace(
             base.rl,
             prospect=dataclasses.replace(base.rl.prospect, windows=160),
             distil=dataclasses.replace(base.rl.distil, steps=6, prompts=4, targets=3),
             grpo=dataclasses.replace(base.rl.grpo, steps=6, prompts=4, group=4),
+            ppd=dataclasses.replace(ppd, steps=6, prompts=6, pairs=1, group=3),
+            pigeon=dataclasses.replace(pigeon, steps=12, batch=8, shelf_windows=64, shelf_steps=20, pairs=pairs),
             watch=dataclasses.replace(base.rl.watch, every=3, windows=16, pictures=2),
             checkpoint_every=2,
         ),

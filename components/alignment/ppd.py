@@ -9,9 +9,9 @@ One model is aligned with everybody at once, since it is told whose preference c
 other. The reference knows no user: it is the base model, kept as it was. By default all weights learn; a tiny base
 has too little to say through what PPD adds alone.
 
-Errors are weighted as in the likelihood integral (:meth:`Denoiser.error_nats`), so that ``beta`` counts nats, as in DPO
-of language models; the paper's code weighs all levels alike and takes beta in the thousands. Which pairs are mined from
-behaviour logs is ours, since people here rate nothing: they take, or they pass over, and a reward says the rest.
+Errors are what the denoiser is trained on, in nats (:meth:`Denoiser.error_of`), so that ``beta`` counts nats, as in DPO
+of language models; the paper's are squared errors of the noise, and its beta counts in thousands. Which pairs are mined
+from behaviour logs is ours, since people here rate nothing: they take, or they pass over, and a reward says the rest.
 
 Legend: U users, n pictures a user, N = U * n, L codes a picture, K favourites, I items, E user tokens, W width,
 P pairs.
@@ -36,6 +36,7 @@ from couturier.components.alignment.rewards import membership, score
 from couturier.components.alignment.scene import Scene
 from couturier.components.alignment.watch import Watch
 from couturier.components.errors import ConfigError
+from couturier.components.generator.tokenise import one_cycle
 from couturier.components.generator.types import PreferenceConfig
 from couturier.components.together import share
 
@@ -58,7 +59,7 @@ class PpdConfig:
     whole: bool = True
     """Whether the base model's own weights learn, too; else only what PPD adds to it (the paper's pictures come from a
     base a thousand times larger, which need not move)."""
-    steps: int = 120
+    steps: int = 300
     prompts: int = 24
     """Windows a step."""
     pairs: int = 2
@@ -67,11 +68,11 @@ class PpdConfig:
     """Pictures drawn a window, of which "judged" takes the best and the worst."""
     beta: float = 0.1
     """How firmly the model is held to the base, per nat."""
-    anchor: float = 0.0
+    anchor: float = 0.2
     """Weight of the plain denoising error of the preferred picture, in nats, beside the preference loss."""
-    lr: float = 1e-3
+    lr: float = 3e-3
+    """At the top of a cosine."""
     weight_decay: float = 0.01
-    warm_up_steps: int = 10
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
@@ -117,10 +118,10 @@ def ppd_loss(
     half, time_N = generator.noise_for(given.better_UnL.flatten(0, 1), random)
     noise, time = torch.cat([half, half]), torch.cat([time_N, time_N])
     own = generator.condition(given.favourites_UK, users_UEW=users_UEW).repeat(n)
-    error_N = generator.error_nats(codes_NL, noise, time, own.beside(own))
+    error_N = generator.error_of(codes_NL, noise, time, own.beside(own))
     with torch.no_grad():
         base = reference.condition(given.favourites_UK).repeat(n)
-        reference_N = reference.error_nats(codes_NL, noise, time, base.beside(base))
+        reference_N = reference.error_of(codes_NL, noise, time, base.beside(base))
     gain_w, gain_l = (reference_N - error_N).view(2, u, n)
     margin_Un = gain_w - gain_l
     return -F.logsigmoid(beta * margin_Un), margin_Un, error_N.view(2, u, n)[0]
@@ -188,7 +189,7 @@ class Ppd:
         pictures = 2 * each_Un.numel()
         return Step(
             loss=loss,
-            rate=config.lr * min(1.0, (at + 1) / max(1, config.warm_up_steps)),
+            rate=config.lr * one_cycle(at, config.steps),
             windows=rows,
             values={
                 "ppd_loss": float(each_Un.detach().mean()),

@@ -141,6 +141,7 @@ class Denoiser(nn.Module):
             )
             self.ask = nn.Linear(w, config.liking)
             nn.init.zeros_(self.ask.weight)
+            nn.init.zeros_(self.ask.bias)
 
     @torch.no_grad()
     def _first_weights(self) -> None:
@@ -315,6 +316,16 @@ class Denoiser(nn.Module):
         ratio_NL = ((1 - t_NL) / (self.shift * t_NL)).square()
         each_NL = ratio_NL * missed_NL / (t_NL * (1 - t_NL)) * moving_NL
         return each_NL.sum(1) * (1 + self.config.stagger)
+
+    def error_of(self, codes_NL: Tensor, noise_NLD: Tensor, time_N: Tensor, condition: Condition) -> Tensor:
+        """What the denoiser is trained on, in nats ``[N]``, whole pictures at one level of noise: with a gallery, how
+        surprised it is by the row; else :meth:`error_nats`, whose one sample at one level is far noisier."""
+        if self.gallery is None:
+            return self.error_nats(codes_NL, noise_NLD, time_N, condition)
+        x_NLD = self.add_noise(self.codebook_KD[codes_NL], noise_NLD, time_N)
+        rows_NH = self._read(x_NLD, time_N, condition)[1]
+        assert rows_NH is not None
+        return F.cross_entropy(rows_NH, self.gallery.find(codes_NL), reduction="none")
 
 
 def times(count: int, random: torch.Generator) -> Tensor:

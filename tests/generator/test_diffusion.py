@@ -114,6 +114,22 @@ def test_a_new_model_knows_the_pictures_of_the_catalogue_and_draws_by_what_sells
     assert float((same.float().mean(0) - share_I).abs().sum()) < 0.35
 
 
+def test_before_anything_is_drawn_items_are_as_likely_as_they_sell_and_favourites_more(
+    diffusion: DiffusionGenerator, catalogue: Catalogue
+) -> None:
+    share_I = torch.from_numpy(catalogue.items["purchases"].to_numpy() + 1.0)
+    share_I = share_I / share_I.sum()
+    found_UI = diffusion.expected_items(np.array([[-1] * 5, [7, -1, -1, -1, -1]])).double()
+    torch.testing.assert_close(found_UI[0], share_I, atol=1e-6, rtol=1e-4)
+    odds = found_UI[1, 7] / (1 - found_UI[1, 7]) / (share_I[7] / (1 - share_I[7]))
+    assert float(odds) == pytest.approx(np.e, rel=0.05)
+    # Where there is nothing but noise, that is how surprised it is by a picture, but for the share of what is new.
+    noise = torch.randn(3, *diffusion.shape_LD, generator=torch.Generator().manual_seed(0))
+    condition = diffusion.condition(nobody(3))
+    error_N = diffusion.error_of(codes_of(len(catalogue))[:3], noise, torch.full((3,), 0.999999), condition)
+    torch.testing.assert_close(error_N.double(), -(0.98 * share_I[:3]).log(), atol=0.05, rtol=0.01)
+
+
 def test_it_learns_to_draw_what_the_history_shows(copier: DiffusionGenerator) -> None:
     codes_IL, items = codes_of(8), np.arange(8)[:, None]
     drawn = copier.sample(items, 4, seeds=list(range(8)))
