@@ -90,14 +90,10 @@ class PrefixCache:
         users, self.prompt = mask_UP.shape
         self.samples = samples
         self.bias_UnS = visible(mask_UP, samples=samples, tokens=tokens, dtype=like.dtype)
-        slots, d = self.bias_UnS.shape[2], len(like)
+        shape = (layers, users, heads, self.bias_UnS.shape[2], len(like))
         # Zeros, not whatever was there: a slot not yet filled weighs nothing, but nothing times NaN would be NaN.
         make = like.new_zeros if all_at_once else like.new_empty
-        self.v_lUGSd = make((layers, users, heads, slots, d))
-        # Products on a CPU read keys along the slots.
-        turned = like.device.type == "cpu"
-        shape = (layers, users, heads, *((d, slots) if turned else (slots, d)))
-        self.k_lUGSd = make(shape).transpose(3, 4) if turned else make(shape)
+        self.k_lUGSd, self.v_lUGSd = make(shape), make(shape)
 
     def end(self, t: int) -> int:
         """How many slots are filled once every sample has ``t`` tokens."""
@@ -118,24 +114,14 @@ def shared_prefix_attention(q_UnHd: Tensor, k_UGSd: Tensor, v_UGSd: Tensor, bias
     users, n, heads, d = q_UnHd.shape
     kv = k_UGSd.shape[1]
     rep = heads // kv
-    if rep == 1 and not _by_products(q_UnHd):
+    if rep == 1:
         # No copy on the way in nor, where the library lays its result out as the queries, on the way out.
         q_UHnd = q_UnHd.transpose(1, 2)
         return F.scaled_dot_product_attention(q_UHnd, k_UGSd, v_UGSd, attn_mask=bias_UnS[:, None]).transpose(1, 2)
     q_UGmd = q_UnHd.view(users, n, kv, rep, d).permute(0, 2, 3, 1, 4).reshape(users, kv, rep * n, d)
-    if _by_products(q_UnHd):
-        scores = torch.bmm(q_UGmd.flatten(0, 1), k_UGSd.flatten(0, 1).transpose(1, 2)).view(users, heads, n, -1)
-        weight = torch.add(bias_UnS[:, None], scores, alpha=d**-0.5).softmax(-1)
-        out = torch.bmm(weight.view(users * kv, rep * n, -1), v_UGSd.flatten(0, 1))
-    else:
-        bias_UmS = bias_UnS.repeat(1, rep, 1)
-        out = F.scaled_dot_product_attention(q_UGmd, k_UGSd, v_UGSd, attn_mask=bias_UmS[:, None])
+    bias_UmS = bias_UnS.repeat(1, rep, 1)
+    out = F.scaled_dot_product_attention(q_UGmd, k_UGSd, v_UGSd, attn_mask=bias_UmS[:, None])
     return out.view(users, kv, rep, n, d).permute(0, 3, 1, 2, 4).reshape(users, n, heads, d)
-
-
-def _by_products(q_UnHd: Tensor) -> bool:
-    """On a CPU two plain products are a third faster than torch's own for so few queries."""
-    return q_UnHd.device.type == "cpu" and q_UnHd.dtype == torch.float32
 
 
 def packed_attention(q_UQHd: Tensor, k_UWGd: Tensor, v_UWGd: Tensor, mask_UP: Tensor, *, samples: int) -> Tensor:

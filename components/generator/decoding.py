@@ -7,9 +7,10 @@
            └──────────────────────── the sampler draws ◀─────────────────────────┘
 
 The layers are transformers' own modules with their own weights; what differs is the work around them. The projections
-that read the same input are joined into one matrix for the time of a call (where they are plain and small), keys and
-values lie in memory that is allocated once (:class:`couturier.kernels.shared_prefix.PrefixCache`), prompts that occur
-twice are read once, and of the last layer only what the next token needs is computed.
+that read the same input, and the norm before them, are joined into one matrix for the time of a call (where they are
+plain and small), keys and values lie in memory that is allocated once
+(:class:`couturier.kernels.shared_prefix.PrefixCache`), prompts that occur twice are read once, and of the last layer
+only what the next token needs is computed.
 
 Steps have one shape from the first to the last where that pays: on a GPU they are recorded once as a CUDA graph and
 replayed, and ``compile`` hands them to ``torch.compile``. Elsewhere a step looks only at the slots that are filled.
@@ -65,7 +66,7 @@ class Prefix:
     position_NP: Tensor
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
     """One layer as plain tensors, or as modules where a layer's projection is more than a matrix (adapters)."""
 
     norm: Tensor | None
@@ -111,32 +112,36 @@ class Decoding:
         samples: n, samples a row.
         steps: how often :meth:`step` will be called.
         compile: let ``torch.compile`` make the step. The first call of a shape takes long, later ones are faster.
+        blocks: of :func:`blocks_of`, where several batches of one model are decoded side by side.
 
     Raises:
         ConfigError: ``compile`` for a model whose projections are not plain matrices.
     """
 
     def __init__(
-        self, decoder: Decoder, prefix: Prefix, row_R: Tensor, *, samples: int, steps: int, compile: bool = False
+        self,
+        decoder: Decoder,
+        prefix: Prefix,
+        row_R: Tensor,
+        *,
+        samples: int,
+        steps: int,
+        compile: bool = False,
+        blocks: list[Block] | None = None,
     ) -> None:
         self.decoder, lm = decoder, decoder.lm
-        layers = cast("Sequence[LlamaDecoderLayer]", lm.layers)
-        d = int(layers[0].self_attn.head_dim)
-        kv_heads = int(lm.config.num_key_value_heads or lm.config.num_attention_heads)
-        self.shape = _Shape(
-            lm.config.num_attention_heads, kv_heads, d, float(layers[0].input_layernorm.variance_epsilon)
-        )
-        self.act: Callable[[Tensor], Tensor] = layers[0].mlp.act_fn
         device = prefix.x_NPD.device
+        self.shape = _shape(lm)
+        self.act: Callable[[Tensor], Tensor] = cast("LlamaDecoderLayer", lm.layers[0]).mlp.act_fn
         self.static = compile or device.type == "cuda"
-        self.blocks = [_block(layer, self.shape, pairs=not self.static) for layer in layers]
+        self.blocks = blocks or blocks_of(lm, pairs=not self.static)
         self.cache = PrefixCache(
             prefix.mask_NP[row_R],
             samples=samples,
             tokens=steps,
             layers=len(self.blocks),
-            heads=kv_heads,
-            like=prefix.x_NPD.new_empty(d),
+            heads=self.shape.kv_heads,
+            like=prefix.x_NPD.new_empty(self.shape.width),
             all_at_once=self.static,
         )
         self.first_RK = self.decoder.head(self._read(prefix, row_R))[row_R]
@@ -240,7 +245,7 @@ class _Graph:
 
 
 def _static_layers(
-    blocks: list[_Block],
+    blocks: list[Block],
     shape: _Shape,
     act: Callable[[Tensor], Tensor],
     cache: PrefixCache,
@@ -266,13 +271,24 @@ def _compiled() -> Callable[..., Tensor]:
     return torch.compile(_static_layers, dynamic=False)
 
 
-def _block(layer: LlamaDecoderLayer, shape: _Shape, *, pairs: bool) -> _Block:
+def blocks_of(lm: LlamaModel, *, pairs: bool = True) -> list[Block]:
+    """A model's layers with joined weights, for as long as these do not change; ``pairs`` as in :class:`Block`."""
+    return [_block(layer, _shape(lm), pairs=pairs) for layer in cast("Sequence[LlamaDecoderLayer]", lm.layers)]
+
+
+def _shape(lm: LlamaModel) -> _Shape:
+    heads, first = int(lm.config.num_attention_heads), cast("LlamaDecoderLayer", lm.layers[0])
+    kv_heads = int(lm.config.num_key_value_heads or heads)
+    return _Shape(heads, kv_heads, int(first.self_attn.head_dim), float(first.input_layernorm.variance_epsilon))
+
+
+def _block(layer: LlamaDecoderLayer, shape: _Shape, *, pairs: bool) -> Block:
     attention, mlp = layer.self_attn, layer.mlp
     qkv = _join(attention.q_proj, attention.k_proj, attention.v_proj)
     norm, qkv = _with_norm(layer.input_layernorm.weight, qkv)
     mlp_norm, gate_up = _with_norm(layer.post_attention_layernorm.weight, _join(mlp.gate_proj, mlp.up_proj))
     pairs = pairs and norm is None
-    return _Block(
+    return Block(
         norm=norm,
         qkv=tuple(_paired(part, shape) for part in qkv if isinstance(part, tuple)) if pairs else qkv,
         paired=pairs,
@@ -307,7 +323,7 @@ def _paired(part: Weight, shape: _Shape) -> Weight:
     return reorder(weight), None if bias is None else reorder(bias)
 
 
-def _parts(block: _Block) -> list[Weight | nn.Module]:
+def _parts(block: Block) -> list[Weight | nn.Module]:
     return [*block.qkv, block.out, *block.gate_up, block.down]
 
 
@@ -343,7 +359,7 @@ def _add(x_MD: Tensor, y_MD: Tensor, part: Weight | nn.Module) -> Tensor:
     return x_MD + _project(y_MD, part)
 
 
-def _qkv(x_MD: Tensor, block: _Block, shape: _Shape, turn: _Turn, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _qkv(x_MD: Tensor, block: Block, shape: _Shape, turn: _Turn, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Rotated queries and keys ``[*size, H + G, d]`` and values ``[*size, G, d]``."""
     heads, kv_heads, d, eps = shape
     joined = _project_all(F.rms_norm(x_MD, x_MD.shape[-1:], block.norm, eps), block.qkv)
@@ -355,7 +371,7 @@ def _qkv(x_MD: Tensor, block: _Block, shape: _Shape, turn: _Turn, size: tuple[in
     return torch.addcmul(qk * turn.cos, qk.roll(d // 2, -1), turn.sin), v
 
 
-def _feed_forward(x_MD: Tensor, block: _Block, eps: float, act: Callable[[Tensor], Tensor]) -> Tensor:
+def _feed_forward(x_MD: Tensor, block: Block, eps: float, act: Callable[[Tensor], Tensor]) -> Tensor:
     joined = _project_all(F.rms_norm(x_MD, x_MD.shape[-1:], block.mlp_norm, eps), block.gate_up)
     gate, up = joined.chunk(2, -1)
     return _add(x_MD, act(gate) * up, block.down)

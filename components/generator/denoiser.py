@@ -208,9 +208,11 @@ class Denoiser(nn.Module):
     def _read(self, x_NLD: Tensor, time_N: Tensor, condition: Condition) -> tuple[Tensor, Tensor | None]:
         """Of codes at each place as :meth:`logits`, and of the gallery's explanations ``[N, H]`` if there is one."""
         level_NL1 = self.noise_level(time_N)
-        alone_NLK = self._own_evidence(x_NLD, level_NL1) + self.prior_LK.log_softmax(-1)
+        alone_NLK = self._own_evidence(x_NLD, level_NL1) + self.prior_LK
         if self.gallery is None or condition.liked_NH is None:
             return self._transform(x_NLD, alone_NLK.softmax(-1), time_N, condition) + alone_NLK, None
+        # Against whole rows, what is new must count at its true probability.
+        alone_NLK = alone_NLK - self.prior_LK.logsumexp(-1, keepdim=True)
         fit_NH = self.gallery.fit(x_NLD, level_NL1, alone_NLK)
         out_NLO = self._transform(x_NLD, self.gallery.codes(fit_NH.softmax(-1), alone_NLK), time_N, condition)
         out_NLK, query_NLQ = out_NLO.split([len(self.codebook_KD), self.config.liking], -1)

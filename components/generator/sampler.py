@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from couturier.components.errors import ConfigError
-from couturier.components.generator.decoding import Decoder, Decoding, Prefix
+from couturier.components.generator.decoding import Block, Decoder, Decoding, Prefix, blocks_of
 from couturier.components.generator.prompt import Prompts
-from couturier.components.generator.shares import how_many, side_by_side
+from couturier.components.generator.shares import how_many, side_by_side, small_work
 
 if TYPE_CHECKING:
     from transformers import LlamaModel
@@ -70,13 +70,15 @@ def sample_codes(
     branches = [] if settings.guidance == 0 else [prompts]
     if settings.guidance != 1:
         branches.append(prompts.unconditional(generator.prompts.pad_id))
-    distinct, row_BU = _distinct(branches, generator.device)
-    prefix = Prefix(x_NPD=generator.embed_prompt(distinct), mask_NP=distinct.mask_UP, position_NP=distinct.position_UP)
-    embed: Callable[[Tensor], Tensor] = generator.embed_codes
-    if generator.codebook_size <= len(prompts.ids_UP) * n * (length - 1):
-        table_KD = generator.embed_codes(torch.arange(generator.codebook_size, device=row_BU.device))
-        embed = table_KD.__getitem__
-    lm = cast("LlamaModel", generator.lm)
+    lm, users = cast("LlamaModel", generator.lm), len(prompts.ids_UP)
+    with small_work(how_many(lm.layers[0], users, len(branches) * users * n)):
+        distinct, row_BU = _distinct(branches, generator.device)
+        x_NPD = generator.embed_prompt(distinct)
+        prefix = Prefix(x_NPD=x_NPD, mask_NP=distinct.mask_UP, position_NP=distinct.position_UP)
+        embed: Callable[[Tensor], Tensor] = generator.embed_codes
+        if generator.codebook_size <= users * n * (length - 1):
+            table_KD = generator.embed_codes(torch.arange(generator.codebook_size, device=row_BU.device))
+            embed = table_KD.__getitem__
     decoder = Decoder(lm=lm, head=generator.head, embed=embed, mark=generator.embed_mark)
     return sample_tokens(decoder, prefix, row_BU, n, length=length, seeds=seeds, settings=settings)
 
@@ -108,17 +110,23 @@ def sample_tokens(
         raise ConfigError(f"{len(seeds)} seeds were given for {users} users; give one a user.")
     if n < 1:
         raise ConfigError(f"n is {n}; ask for at least one picture.")
-
-    samples = row_BU.shape[0] * users * n
-    shares = 1 if settings.compile else how_many(decoder.lm.layers[0], users, samples)
+    shares = 1 if settings.compile else how_many(decoder.lm.layers[0], users, row_BU.numel() * n)
+    with small_work(shares):
+        blocks = blocks_of(decoder.lm) if shares > 1 else None
 
     def share(i: int) -> Tensor:
-        some = slice(i * users // shares, (i + 1) * users // shares)
+        some = slice(i, users, shares)  # every so many: prompts are often sorted by length
         read_N, row_Bu = row_BU[:, some].unique(return_inverse=True)
         own = Prefix(**{name: value[read_N] for name, value in vars(prefix).items()})
-        return _sample_share(decoder, own, row_Bu, n, length=length, seeds=seeds[some], settings=settings)
+        return _sample_share(
+            decoder, own, row_Bu, n, length=length, seeds=seeds[some], settings=settings, blocks=blocks
+        )
 
-    return torch.cat(side_by_side([partial(share, i) for i in range(shares)]))
+    found = side_by_side([partial(share, i) for i in range(shares)])
+    codes_UnL = found[0].new_empty(users, n, length)
+    for i, part in enumerate(found):
+        codes_UnL[i::shares] = part
+    return codes_UnL
 
 
 @torch.no_grad()
@@ -131,6 +139,7 @@ def _sample_share(
     length: int,
     seeds: list[int],
     settings: SamplerSettings,
+    blocks: list[Block] | None,
 ) -> Tensor:
     """As :func:`sample_tokens`, for some of the users."""
     branches, users = row_BU.shape
@@ -150,6 +159,7 @@ def _sample_share(
             samples=each,
             steps=length - 1 + sum(decoder.mark(t) is not None for t in range(length - 1)),
             compile=settings.compile,
+            blocks=blocks,
         )
         logits = decoding.first_logits()[:, None].expand(-1, each, -1)
         for t in range(length):
@@ -203,6 +213,8 @@ class _Points:
         codes_Un = torch.searchsorted(cumulative, at, right=True)[..., 0].clamp_max(p_UnK.shape[-1] - 1)
         if self.alike_Unn is not None:
             self.alike_Unn &= codes_Un[:, :, None] == codes_Un[:, None]
+            if self.alike_Unn.device.type == "cpu" and int(self.alike_Unn.sum()) == codes_Un.numel():
+                self.alike_Unn = None  # all differ, and will: a fresh point each (elsewhere, asking costs more)
         self.t += 1
         return codes_Un
 

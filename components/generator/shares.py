@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from couturier.components.runtime import threads
 from couturier.components.together import world
 
 _T = TypeVar("_T")
@@ -40,6 +42,11 @@ def how_many(layer: nn.Module, users: int, samples: int) -> int:
     if not plain or weights[0].device.type != "cpu" or sum(weight.numel() for weight in weights) > _SMALL_LAYER:
         return 1
     return max(1, min(torch.get_num_threads(), users, samples // _FEWEST_SAMPLES, _MOST_SHARES))
+
+
+def small_work(shares: int) -> AbstractContextManager[None]:
+    """Around what little is done before work in so many shares: on one core, since the others would be waited for."""
+    return threads(1 if shares > 1 else torch.get_num_threads())
 
 
 def side_by_side(parts: Sequence[Callable[[], _T]]) -> list[_T]:

@@ -52,11 +52,6 @@ def test_equals_the_plain_definition(users: int, n: int, kv: int, rep: int, p: i
     (pk, sk), (pv, sv) = apart(k, prompt=p, samples=n), apart(v, prompt=p, samples=n)
     expected = reference(q, pk, pv, mask, sk, sv)
     torch.testing.assert_close(_step(q, k, v, mask), expected, atol=1e-10, rtol=1e-10)
-    # In single precision a CPU goes another way, and the cache holds keys along the slots.
-    along = k.float().transpose(2, 3).contiguous().transpose(2, 3)
-    for keys in (k.float(), along):
-        found = _step(q.float(), keys, v.float(), mask)
-        torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=1e-5)
 
 
 def test_padding_in_the_prompt_changes_nothing() -> None:
