@@ -158,7 +158,7 @@ class SasrecJudge(ContentJudge):
         """``[N, W]`` from the tower's rows ``items_NW``; with ``noise``, units are dropped out."""
         amount_N1 = history.weight_N.clamp_min(1e-2).log()[:, None]
         back_N = history.offsets[1:][history.users_N] - 1 - torch.arange(len(items_NW), device=items_NW.device)
-        place_NW = self.places[self.config.length - 1 - back_N]
+        place_NW = self.places.index_select(0, self.config.length - 1 - back_N)
         x_NW = items_NW * self.config.width**0.5 + place_NW + amount_N1 * self.amount
         x_NW = self._dropped(x_NW, noise)
         layout = _Layout(history)
@@ -172,7 +172,8 @@ class SasrecJudge(ContentJudge):
         some_U1 = (history.lengths > 0)[:, None]
         if not len(states_NW):
             return self.nothing.expand(len(history), -1)
-        return torch.where(some_U1, states_NW[(history.offsets[1:] - 1).clamp_min(0)], self.nothing)
+        last_U = (history.offsets[1:] - 1).clamp_min(0)
+        return torch.where(some_U1, states_NW.index_select(0, last_U), self.nothing)
 
     def _dropped(self, x_NW: Tensor, noise: torch.Generator | None) -> Tensor:
         dropped = round(256 * self.config.dropout)
@@ -182,7 +183,7 @@ class SasrecJudge(ContentJudge):
         words = torch.empty(-(-x_NW.numel() // 7), dtype=torch.int64, device=noise.device).random_(generator=noise)
         bytes_X7 = words.view(torch.uint8).view(-1, 8)[:, :7]  # the eighth has the sign, which is never set
         kept_NW = bytes_X7.reshape(-1)[: x_NW.numel()].view(x_NW.shape) >= dropped
-        return x_NW * kept_NW.to(x_NW.device) * (256 / (256 - dropped))
+        return x_NW * kept_NW.to(x_NW.device).to(x_NW.dtype).mul_(256 / (256 - dropped))
 
     def loss(self, batch: TrainBatch, noise: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """What came next at every place, and what was taken last; see ``SasrecConfig.loss``.
@@ -205,9 +206,10 @@ class SasrecJudge(ContentJudge):
         states_NW = self._states(history, rows_NW, noise)
         last_UW = self._last(history, states_NW)
         taken_UP = batch.items_UC[:, : batch.positives]
-        shift = torch.cat([self.nothing[None], states_NW[:-1]]) if len(states_NW) else states_NW
-        first_N1 = torch.arange(len(states_NW), device=states_NW.device) == history.offsets[:-1][history.users_N]
-        before_NW = torch.where(first_N1[:, None], self.nothing, shift)
+        shift_NW = torch.cat([self.nothing[None], states_NW[:-1]]) if len(states_NW) else states_NW
+        place_N = torch.arange(len(states_NW), device=states_NW.device)
+        # A first row has nothing before it, which stands first.
+        before_NW = shift_NW.index_select(0, place_N * (place_N != history.offsets[:-1][history.users_N]))
         next_ = _Next(
             states_KW=torch.cat([before_NW, last_UW.repeat_interleave(batch.positives, 0)]),
             own_KW=torch.cat([rows_NW, self._projected(catalogue_ID, items_IW, taken_UP.flatten())]),
