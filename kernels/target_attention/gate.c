@@ -22,6 +22,7 @@ typedef struct {
     const int64_t *offsets;
     const float *queries, *keys, *from_query; /* [U C, H], [N, H], [U C, F] */
     const float *from_key, *product;          /* [F, H] */
+    const float *key_turned, *product_turned; /* the same, [H, F] */
 } Unit;
 
 static inline float total(v16 x) {
@@ -81,8 +82,9 @@ void hidden(const Unit *u, const float *shift, float *h, float *sums) {
                 const int64_t row = list * u->rows + c;
                 const float *q = u->queries + row * H, *k = u->keys + begin * H;
                 float *out = h + (begin * u->rows + c * length) * F;
-                for (int f = 0; f < F; f++)
-                    for (int j = 0; j < H; j++) turned[j * F + f] = u->product[f * H + j] * q[j] + u->from_key[f * H + j];
+                for (int j = 0; j < H; j++)
+                    UNROLL for (int f = 0; f < F; f += 16)
+                        AT(turned + j * F + f) = AT(u->product_turned + j * F + f) * q[j] + AT(u->key_turned + j * F + f);
                 for (int64_t l = 0; l < length; l += 4) {
                     const int many = length - l < 4 ? (int)(length - l) : 4;
                     const float *key[4];
@@ -197,7 +199,8 @@ void through(const Unit *u, const float *h, const float *about, const float *d_s
                 v16 of_query[NF];
                 UNROLL for (int n = 0; n < NF; n++) of_query[n] = ALL(0.0f);
                 for (int f = 0; f < F; f++)
-                    for (int j = 0; j < H; j++) m[f * H + j] = u->product[f * H + j] * q[j] + u->from_key[f * H + j];
+                    UNROLL for (int j = 0; j < H; j += 16)
+                        AT(m + f * H + j) = AT(u->product + f * H + j) * AT(q + j) + AT(u->from_key + f * H + j);
                 for (int64_t l = 0; l < length; l++) {
                     const float d = d_score[pair + l];
                     UNROLL for (int n = 0; n < NF; n++) {

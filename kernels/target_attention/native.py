@@ -40,6 +40,7 @@ class _Sizes(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("lists", "rows", "threads")] + [
         (name, ctypes.c_void_p) for name in ("offsets", "queries", "keys", "from_query", "from_key", "product")
     ]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("key_turned", "product_turned")]
 
 
 @functools.cache
@@ -203,7 +204,8 @@ class _Kernels:
         rows = len(queries_RH) // lists
         self.pairs, self.longest = len(keys_NH) * rows, int(offsets.diff().max())
         # Held, since a pointer does not hold what it points to.
-        self._tensors = (offsets, queries_RH, keys_NH, from_query_RF, from_key_FH, product_FH)
+        turned = (from_key_FH.T.contiguous(), product_FH.T.contiguous())
+        self._tensors = (offsets, queries_RH, keys_NH, from_query_RF, from_key_FH, product_FH, *turned)
         self._sizes = _Sizes(lists, rows, self.threads, *(one.data_ptr() for one in self._tensors))
 
     def run(self, name: str, *values: Tensor | float | int) -> None:

@@ -4,6 +4,12 @@
 ``fit_vs_fuxictr_din`` rows a second (a candidate with its history), loader and optimiser included, at equal batch,
 width and length; ``_cpu`` is the same a second of the processor, which other work on the machine does not change. The
 kernels' ratios come from their own benchmarks beside this folder.
+
+What a row is, is the same on both sides: a candidate, its label and the newest 50 behaviours before it. In the split a
+positive and its negative have one history. FuxiCTR reads it once a row, padded to the longest of the batch; our batch
+holds the two candidates of a person side by side and reads it once, without padding. That is the design of the judge,
+not another task: loss, gradients and the batch statistics of Dice are those of all the rows. Where there is a C
+compiler, DIN's attention unit is compiled (half a second, in the warm-up); ``COUTURIER_KERNELS=torch`` leaves it out.
 """
 
 from __future__ import annotations
