@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _CHUNK = 256
-_NEW = 0.02
-"""Share of something new before anything is learned."""
+_NEW = 0.002
+"""Share of something new before anything is learned: small, or a row that a coarse step has blurred passes for it."""
 
 
 class Gallery(nn.Module):

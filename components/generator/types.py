@@ -40,7 +40,7 @@ class DiffusionConfig:
     heads: int = 4
     history: int = 12
     """Favourites it looks at."""
-    steps: int = 10
+    steps: int = 12
     """Calls of the denoiser a picture."""
     shift: float = 0.0
     """How far steps and training lean towards noise; 1 is even in the path's time, 0 stands for

@@ -45,7 +45,7 @@ def test_explanations_are_weighed_by_bayes_rule() -> None:
     each = torch.distributions.Normal((1 - level) * codebook_KD, level).log_prob(x_NLD[:, :, None]).sum(-1)
     new_N = each.sub(torch.log(torch.tensor(float(CODEBOOK)))).logsumexp(-1).sum(1)
     share_M = torch.arange(1.0, ITEMS + 1) / 21
-    new = torch.tensor(0.02 / 0.98)
+    new = torch.tensor(0.002 / 0.998)
     by_hand = torch.cat([density_NM + share_M.log(), (new_N + new.log())[:, None]], 1).softmax(-1)
     torch.testing.assert_close(found, by_hand, atol=1e-5, rtol=1e-3)
 
