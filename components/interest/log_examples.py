@@ -89,7 +89,7 @@ def history_of(
     items_N = torch.from_numpy(shard.item_N[rows_N].astype(np.int64))
     age_N = (np.repeat(now_s_U, np.diff(offsets)) - shard.time_s_N[rows_N]) / _DAY_S
     return HistoryBatch(
-        features_ND=items_ID[items_N],
+        features_ND=items_ID.index_select(0, items_N),
         age_days_N=torch.from_numpy(age_N.astype(np.float32)),
         weight_N=torch.ones(len(rows_N)),
         offsets=torch.from_numpy(offsets),
