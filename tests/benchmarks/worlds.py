@@ -34,12 +34,12 @@ def names() -> list[str]:
     return sorted(path.stem for path in WORLDS.glob("*.py") if path.stem not in ("base", "__init__"))
 
 
-def run(name: str, seeds: int) -> dict[str, Any]:
-    """One world over ``seeds`` seeds."""
+def run(name: str, seeds: int, first: int = 0) -> dict[str, Any]:
+    """One world over ``seeds`` seeds from ``first``."""
     sys.path.insert(0, str(ROOT))
     world = importlib.import_module(f"tests.interest.worlds.{name}")
     found, began = [], time.process_time()
-    for seed in range(seeds):
+    for seed in range(first, first + seeds):
         with tempfile.TemporaryDirectory() as folder:
             found.append(world.compare(seed, Path(folder)))
         sys.stderr.write(f"  {name} seed {seed}: {found[-1].difference()[0]:+.4f}\n")
@@ -60,6 +60,7 @@ def run(name: str, seeds: int) -> dict[str, Any]:
         "difference": [mean, low, high],
         "difference_over_seeds": over_seeds(by_seed),
         "by_seed": by_seed,
+        "first_seed": first,
         "users": len(whole.ours_U),
         "cpu_s": round(time.process_time() - began, 1),
     } | provenance()
@@ -86,13 +87,15 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
     ]
     for name, row in rows.items():
         mean, low, high = row["difference"]
+        first = row.get("first_seed", 0)
         best = "" if row["best"] is None else f"{row['best']:.3f}"
         seeds, figure = row["difference_over_seeds"], row["figure"].replace("|", "\\|")
         lines.append(
             f"| {name} | {row['claim']} | {figure} | {row['ours'][0]} {row['ours'][1]:.3f} "
             f"| {row['other'][0]} {row['other'][1]:.3f} | {best} | {mean:+.4f} [{low:+.4f}, {high:+.4f}] "
             f"| {'' if seeds is None else f'[{seeds[0]:+.4f}, {seeds[1]:+.4f}]'} "
-            f"| {', '.join(f'{value:+.3f}' for value in row['by_seed'])} | {row['cpu_s']:.0f} "
+            f"| {first} to {first + len(row['by_seed']) - 1}: {', '.join(f'{value:+.3f}' for value in row['by_seed'])} "
+            f"| {row['cpu_s']:.0f} "
             f"| {row['date']}, commit {row['commit']}, {row['machine']} |"
         )
     return "\n".join(lines) + "\n"
@@ -128,6 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worlds", default="all", help="names with commas, or all")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0, help="seeds nobody looked at while a world was made")
     parser.add_argument("--out", type=Path, help="folder for worlds.md, worlds.json and worlds.png")
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
     asked = parser.parse_args()
@@ -135,7 +139,7 @@ def main() -> None:
     if asked.out:
         asked.out.mkdir(parents=True, exist_ok=True)
     for name in names() if asked.worlds == "all" else asked.worlds.split(","):
-        row = run(name, asked.seeds)
+        row = run(name, asked.seeds, asked.first_seed)
         # Read again each time: another run may have written its worlds meanwhile.
         if asked.out and (asked.out / "worlds.json").exists():
             rows = json.loads((asked.out / "worlds.json").read_text(encoding="utf-8"))
