@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaModel
 
-from couturier.components.generator.shares import how_many, shared_out
+from couturier.components.shares import how_many, shared_out
 from couturier.components.together import world
 from couturier.kernels.shared_prefix import packed_attention
 

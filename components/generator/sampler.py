@@ -25,7 +25,7 @@ from torch import Tensor
 from couturier.components.errors import ConfigError
 from couturier.components.generator.decoding import Block, Decoder, Decoding, Prefix, blocks_of
 from couturier.components.generator.prompt import Prompts
-from couturier.components.generator.shares import how_many, side_by_side, small_work
+from couturier.components.shares import how_many, side_by_side, small_work
 
 if TYPE_CHECKING:
     from transformers import LlamaModel

@@ -12,6 +12,14 @@ from torch import Tensor, nn
 
 from couturier.kernels.target_attention import DiceGate
 
+Drop = Callable[[Tensor], Tensor]
+"""Takes rows ``[N, W]`` and drops units of them; each call is another layer's."""
+
+
+def keep_all(x: Tensor) -> Tensor:
+    """The dropout of a judge that is not learning."""
+    return x
+
 
 class Dice(nn.Module):
     """Data-adaptive activation: ``p x + (1 - p) alpha x`` with ``p = sigmoid((x - mean) / sqrt(var + eps))``.
@@ -39,6 +47,49 @@ class Dice(nn.Module):
             training=self.training,
             eps=self.norm.eps,
         )
+
+
+class RowDropout:
+    """Dropout of rows, drawn before they are met, so that shares of them lose what they would lose as a whole.
+
+    Args:
+        share: of units that are dropped, to the nearest 256th; the others grow as much as keeps their mean.
+        layers: how many times it will be called.
+        noise: where it is drawn from; nothing is dropped without it.
+
+    Example:
+        >>> drop = RowDropout(0.25, rows=4, width=2, layers=1, noise=torch.Generator().manual_seed(0))
+        >>> whole = drop.of(0, 4)(torch.ones(4, 2))
+        >>> torch.equal(drop.of(1, 3)(torch.ones(2, 2)), whole[1:3])
+        True
+    """
+
+    def __init__(
+        self, share: float, *, rows: int = 0, width: int = 0, layers: int = 0, noise: torch.Generator | None = None
+    ) -> None:
+        self.dropped, self.width = round(256 * share) if noise is not None else 0, width
+        # A byte a unit: eight times cheaper than a float each. The eighth of a word has the sign, which is never set.
+        size = -(-rows * width // 7) if self.dropped else 0
+        device = noise.device if noise is not None else None
+        self._words = [
+            torch.empty(size, dtype=torch.int64, device=device).random_(generator=noise)
+            for _ in range(layers if self.dropped else 0)
+        ]
+
+    def of(self, start: int, stop: int) -> Drop:
+        """The dropout of rows ``start`` to ``stop``: each call is that of the next layer."""
+        if not self.dropped:
+            return keep_all
+        layers = iter(self._words)
+
+        def drop(x_NW: Tensor) -> Tensor:
+            first, last = start * self.width, stop * self.width
+            words = next(layers)[first // 7 : -(-last // 7)]
+            bytes_X = words.view(torch.uint8).view(-1, 8)[:, :7].reshape(-1)
+            kept_NW = bytes_X[first % 7 :][: last - first].view(x_NW.shape) >= self.dropped
+            return x_NW * kept_NW.to(x_NW.device).to(x_NW.dtype).mul_(256 / (256 - self.dropped))
+
+        return drop
 
 
 def mlp(widths: Sequence[int], activation: Callable[[int], nn.Module], *, dropout: float = 0.0) -> nn.Sequential:

@@ -110,7 +110,7 @@ class HistoryBatch:
         """Float values, 0 where none are known."""
         return self.age_days_N.new_zeros(len(self.features_ND)) if self.value_N is None else self.value_N
 
-    def rows(self, index_M: Tensor, offsets: Tensor, *, in_time_order: bool | None = None) -> HistoryBatch:
+    def rows(self, index_M: Tensor | slice, offsets: Tensor, *, in_time_order: bool | None = None) -> HistoryBatch:
         """A history of some rows of this one, under new offsets."""
         return HistoryBatch(
             features_ND=self.features_ND[index_M],
@@ -122,6 +122,11 @@ class HistoryBatch:
             items_N=None if self.items_N is None else self.items_N[index_M],
             in_time_order=self.in_time_order if in_time_order is None else in_time_order,
         )
+
+    def of_users(self, start: int, stop: int) -> HistoryBatch:
+        """The histories of users ``start`` to ``stop``, as views of these."""
+        begin, end = int(self.offsets[start]), int(self.offsets[stop])
+        return self.rows(slice(begin, end), self.offsets[start : stop + 1] - begin)
 
     def oldest_first(self) -> HistoryBatch:
         """The same histories, each user's rows from oldest to newest; rows of the same age keep their order."""

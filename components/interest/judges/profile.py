@@ -25,7 +25,7 @@ from couturier.components.errors import ConfigError
 from couturier.components.interest.base import ContentJudge
 from couturier.components.interest.items import Content, FeatureConfig
 from couturier.components.interest.judges.sasrec import SasrecConfig, SasrecJudge, SasrecState
-from couturier.components.interest.layers import centre_inputs
+from couturier.components.interest.layers import Drop, centre_inputs, keep_all
 from couturier.components.interest.types import HistoryBatch
 from couturier.kernels.linear_attention import linear_attention
 
@@ -98,27 +98,31 @@ class ProfileJudge(SasrecJudge):
         read = history.oldest_first()
         if not len(read.features_ND):
             return profile
-        states_NW, memory = self._read(read, self.tower(read.features_ND), None, profile.memory_UHEE)
+        states_NW, memory = self._read(read, self.tower(read.features_ND), keep_all, profile.memory_UHEE)
         newest_UW = states_NW[(read.offsets[1:] - 1).clamp_min(0)]
         some_U1 = (read.lengths > 0)[:, None]
         return Profile(memory_UHEE=memory, state_UW=torch.where(some_U1, newest_UW, profile.state_UW))
 
-    def _states(self, history: HistoryBatch, items_NW: Tensor, noise: torch.Generator | None) -> Tensor:
-        return self._read(history, items_NW, noise, None)[0]
+    @property
+    def _drops(self) -> int:
+        return 3
+
+    def _states(self, history: HistoryBatch, items_NW: Tensor, drop: Drop) -> Tensor:
+        return self._read(history, items_NW, drop, None)[0]
 
     def _read(
-        self, history: HistoryBatch, items_NW: Tensor, noise: torch.Generator | None, memory: Tensor | None
+        self, history: HistoryBatch, items_NW: Tensor, drop: Drop, memory: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """``(states [N, W], memory [U, H, E, E])`` after each row and after the last."""
         heads, n = self.config.heads, len(items_NW)
-        x_NW = self._dropped(items_NW * self.config.width**0.5, noise)
+        x_NW = drop(items_NW * self.config.width**0.5)
         normal_NW = self.before(x_NW)
         q, k, v = (F.silu(part).view(n, heads, -1) for part in self.mix(normal_NW).chunk(3, dim=-1))
         v = v * history.weight_N.clamp_min(0).log1p()[:, None, None] / torch.tensor(2.0).log()
         read_NHE, memory = linear_attention(q, k, v, self.slopes_H, initial_state=memory, offsets=history.offsets)
         found_NW = F.rms_norm(read_NHE, read_NHE.shape[-1:]).flatten(1) * self.gate(normal_NW).sigmoid()
-        x_NW = x_NW + self._dropped(self.read(found_NW), noise)
-        x_NW = x_NW + self._dropped(self.outer(F.silu(self.inner(x_NW))), noise)
+        x_NW = x_NW + drop(self.read(found_NW))
+        x_NW = x_NW + drop(self.outer(F.silu(self.inner(x_NW))))
         states_NW: Tensor = self.last(x_NW)
         return states_NW, memory
 

@@ -19,9 +19,10 @@ A heads, E width of a head, S pool, I items, D features.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -31,9 +32,10 @@ from torch.nn import functional as F
 from couturier.components.errors import ConfigError, DataError
 from couturier.components.interest.base import ContentJudge, JudgeConfig, ranking_loss
 from couturier.components.interest.items import Content, FeatureConfig
-from couturier.components.interest.layers import centre_inputs
+from couturier.components.interest.layers import Drop, RowDropout, centre_inputs, keep_all
 from couturier.components.interest.softmax import softmax_in_pieces
 from couturier.components.interest.types import HistoryBatch, TrainBatch
+from couturier.components.shares import how_many, summed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +97,10 @@ class _Block(nn.Module):
             self.outer.weight.zero_()
             self.outer.bias.zero_()
 
-    def forward(self, x_NW: Tensor, layout: _Layout, dropped: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(self, x_NW: Tensor, layout: _Layout, drop: Drop) -> Tensor:
         q_NW = self.before(x_NW)
-        x_NW = self.between(q_NW + dropped(self.out(self._attended(q_NW, x_NW, layout))))
-        added: Tensor = x_NW + dropped(self.outer(self.inner(x_NW).relu()))
+        x_NW = self.between(q_NW + drop(self.out(self._attended(q_NW, x_NW, layout))))
+        added: Tensor = x_NW + drop(self.outer(self.inner(x_NW).relu()))
         return added
 
     def _attended(self, q_NW: Tensor, x_NW: Tensor, layout: _Layout) -> Tensor:
@@ -133,7 +135,7 @@ class SasrecJudge(ContentJudge):
 
     def _encode(self, history: HistoryBatch) -> SasrecState:
         read = history.newest(self.config.length)
-        return SasrecState(state_UW=self._last(read, self._states(read, self.tower(read.features_ND), None)))
+        return SasrecState(state_UW=self._last(read, self._states(read, self.tower(read.features_ND), keep_all)))
 
     def _score(self, state: SasrecState, candidates_UCD: Tensor) -> Tensor:
         return (self.tower(candidates_UCD) @ state.state_UW[..., None])[..., 0]
@@ -152,20 +154,24 @@ class SasrecJudge(ContentJudge):
         history.check(self.width)
         if not history.in_time_order or bool((history.lengths > self.config.length).any()):
             raise DataError(f"states are of histories in time order of at most {self.config.length}; call newest().")
-        return self._states(history, self.tower(history.features_ND), None)
+        return self._states(history, self.tower(history.features_ND), keep_all)
 
-    def _states(self, history: HistoryBatch, items_NW: Tensor, noise: torch.Generator | None) -> Tensor:
-        """``[N, W]`` from the tower's rows ``items_NW``; with ``noise``, units are dropped out."""
+    def _states(self, history: HistoryBatch, items_NW: Tensor, drop: Drop) -> Tensor:
+        """``[N, W]`` from the tower's rows ``items_NW``."""
         amount_N1 = history.weight_N.clamp_min(1e-2).log()[:, None]
         back_N = history.offsets[1:][history.users_N] - 1 - torch.arange(len(items_NW), device=items_NW.device)
         place_NW = self.places.index_select(0, self.config.length - 1 - back_N)
-        x_NW = items_NW * self.config.width**0.5 + place_NW + amount_N1 * self.amount
-        x_NW = self._dropped(x_NW, noise)
+        x_NW = drop(items_NW * self.config.width**0.5 + place_NW + amount_N1 * self.amount)
         layout = _Layout(history)
         for block in self.blocks:
-            x_NW = block(x_NW, layout, lambda y_NW: self._dropped(y_NW, noise))
+            x_NW = block(x_NW, layout, drop)
         states_NW: Tensor = self.last(x_NW)
         return states_NW
+
+    @property
+    def _drops(self) -> int:
+        """How often ``_states`` drops units."""
+        return 1 + 2 * self.config.blocks
 
     def _last(self, history: HistoryBatch, states_NW: Tensor) -> Tensor:
         """Each user's newest state; the learned one where there is no history."""
@@ -174,16 +180,6 @@ class SasrecJudge(ContentJudge):
             return self.nothing.expand(len(history), -1)
         last_U = (history.offsets[1:] - 1).clamp_min(0)
         return torch.where(some_U1, states_NW.index_select(0, last_U), self.nothing)
-
-    def _dropped(self, x_NW: Tensor, noise: torch.Generator | None) -> Tensor:
-        dropped = round(256 * self.config.dropout)
-        if noise is None or not self.training or not dropped:
-            return x_NW
-        # A byte a unit: eight times cheaper than a float each, at the price of dropping a whole number of 256ths.
-        words = torch.empty(-(-x_NW.numel() // 7), dtype=torch.int64, device=noise.device).random_(generator=noise)
-        bytes_X7 = words.view(torch.uint8).view(-1, 8)[:, :7]  # the eighth has the sign, which is never set
-        kept_NW = bytes_X7.reshape(-1)[: x_NW.numel()].view(x_NW.shape) >= dropped
-        return x_NW * kept_NW.to(x_NW.device).to(x_NW.dtype).mul_(256 / (256 - dropped))
 
     def loss(self, batch: TrainBatch, noise: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """What came next at every place, and what was taken last; see ``SasrecConfig.loss``.
@@ -199,28 +195,19 @@ class SasrecJudge(ContentJudge):
         if history.items_N is None:
             raise DataError("sasrec learns which item came next: give the history its items_N.")
         catalogue_ID = self.embed_items() if batch.catalogue_ID is None else batch.catalogue_ID
-        # Items are projected once, where they are shown as the catalogue has them and it is projected anyway.
-        whole = batch.catalogue_ID is not None and self.config.loss == "softmax"
-        items_IW = self.tower(catalogue_ID) if whole else None
-        rows_NW = self.tower(history.features_ND) if items_IW is None else items_IW.index_select(0, history.items_N)
-        states_NW = self._states(history, rows_NW, noise)
-        last_UW = self._last(history, states_NW)
+        users, rows = len(history), len(history.features_ND)
+        share = self.config.dropout if self.training else 0.0
+        drop = RowDropout(share, rows=rows, width=self.config.width, layers=self._drops, noise=noise)
         taken_UP = batch.items_UC[:, : batch.positives]
-        shift_NW = torch.cat([self.nothing[None], states_NW[:-1]]) if len(states_NW) else states_NW
-        place_N = torch.arange(len(states_NW), device=states_NW.device)
-        # A first row has nothing before it, which stands first.
-        before_NW = shift_NW.index_select(0, place_N * (place_N != history.offsets[:-1][history.users_N]))
-        next_ = _Next(
-            states_KW=torch.cat([before_NW, last_UW.repeat_interleave(batch.positives, 0)]),
-            own_KW=torch.cat([rows_NW, self._projected(catalogue_ID, items_IW, taken_UP.flatten())]),
-            items_K=torch.cat([history.items_N, taken_UP.flatten()]),
-            share_K=torch.cat(
-                [last_UW.new_ones(len(before_NW)), last_UW.new_full((taken_UP.numel(),), 1 / batch.positives)]
-            ),
-        )
-        total = self._next_loss(next_, batch, catalogue_ID, items_IW, noise)
-        loss = total / (max(1, len(history)) * self.config.length)
-        parts = {"next": (total / next_.share_K.sum().clamp_min(1)).detach()}
+        # Items are projected once, where they are shown as the catalogue has them and it is projected anyway.
+        if batch.catalogue_ID is not None and self.config.loss == "softmax":
+            total = self._whole_catalogue(history, taken_UP, self.tower(catalogue_ID), drop)
+            return total / (max(1, users) * self.config.length), {"next": total.detach() / max(1, rows + users)}
+        rows_NW, own_KW = self.tower(history.features_ND), self.tower(catalogue_ID[taken_UP.flatten()])
+        next_, last_UW = self._next(history, taken_UP, rows_NW, own_KW, drop.of(0, rows))
+        total = self._next_loss(next_, batch, catalogue_ID, noise)
+        loss = total / (max(1, users) * self.config.length)
+        parts = {"next": total.detach() / max(1, rows + users)}
         shown_UCD = batch.candidates_UCD
         if batch.catalogue_ID is not None or torch.equal(
             shown_UCD.detach(), catalogue_ID[batch.items_UC.clamp_min(0)].detach()
@@ -229,20 +216,51 @@ class SasrecJudge(ContentJudge):
         shown, shown_parts = ranking_loss((self.tower(shown_UCD) @ last_UW[..., None])[..., 0], batch, self.config.bce)
         return loss + shown, parts | shown_parts
 
-    def _projected(self, catalogue_ID: Tensor, items_IW: Tensor | None, items_K: Tensor) -> Tensor:
-        found_KW: Tensor = self.tower(catalogue_ID[items_K]) if items_IW is None else items_IW.index_select(0, items_K)
-        return found_KW
+    def _whole_catalogue(self, history: HistoryBatch, taken_UP: Tensor, items_IW: Tensor, drop: RowDropout) -> Tensor:
+        """The loss over the whole catalogue, with users shared out to cores where that pays."""
+        users, rows = len(history), len(history.features_ND)
 
-    def _next_loss(
-        self,
-        next_: _Next,
-        batch: TrainBatch,
-        catalogue_ID: Tensor,
-        items_IW: Tensor | None,
-        noise: torch.Generator,
-    ) -> Tensor:
+        def part(start: int, stop: int, items_IW: Tensor) -> Tensor:
+            begin, end = int(history.offsets[start]), int(history.offsets[stop])
+            some, taken_UP_ = history.of_users(start, stop), taken_UP[start:stop]
+            assert some.items_N is not None
+            rows_NW, own_KW = items_IW.index_select(0, some.items_N), items_IW.index_select(0, taken_UP_.flatten())
+            next_, _ = self._next(some, taken_UP_, rows_NW, own_KW, drop.of(begin, end))
+            return next_softmax(next_, items_IW, items_IW.new_zeros(len(items_IW)), None)
+
+        shares = how_many(self.tower, users, rows)
+        if shares == 1:
+            return part(0, users, items_IW)
+        # As many rows each: a core with fewer would wait.
+        wanted = torch.arange(1, shares) * (rows + users) // shares
+        cuts = [0, *torch.searchsorted(history.offsets + torch.arange(users + 1), wanted).tolist(), users]
+        weights = [weight for weight in self.parameters() if weight.requires_grad]
+        parts = [partial(part, start, stop) for start, stop in itertools.pairwise(cuts)]
+        return summed(parts, [items_IW], weights)
+
+    def _next(
+        self, history: HistoryBatch, taken_UP: Tensor, rows_NW: Tensor, own_KW: Tensor, drop: Drop
+    ) -> tuple[_Next, Tensor]:
+        """What is learned from, and each user's newest state."""
+        assert history.items_N is not None
+        positives = taken_UP.shape[1]
+        states_NW = self._states(history, rows_NW, drop)
+        last_UW = self._last(history, states_NW)
+        shift_NW = torch.cat([self.nothing[None], states_NW[:-1]]) if len(states_NW) else states_NW
+        place_N = torch.arange(len(states_NW), device=states_NW.device)
+        # A first row has nothing before it, which stands first.
+        before_NW = shift_NW.index_select(0, place_N * (place_N != history.offsets[:-1][history.users_N]))
+        next_ = _Next(
+            states_KW=torch.cat([before_NW, last_UW.repeat_interleave(positives, 0)]),
+            own_KW=torch.cat([rows_NW, own_KW]),
+            items_K=torch.cat([history.items_N, taken_UP.flatten()]),
+            share_K=torch.cat([last_UW.new_ones(len(before_NW)), last_UW.new_full((taken_UP.numel(),), 1 / positives)]),
+        )
+        return next_, last_UW
+
+    def _next_loss(self, next_: _Next, batch: TrainBatch, catalogue_ID: Tensor, noise: torch.Generator) -> Tensor:
         if self.config.loss == "softmax":
-            items_IW = self.tower(catalogue_ID) if items_IW is None else items_IW
+            items_IW = self.tower(catalogue_ID)
             return next_softmax(next_, items_IW, items_IW.new_zeros(len(items_IW)), None)
         pool_S, log_q_S = batch.pool_S, batch.pool_log_q_S
         if pool_S is None or log_q_S is None:

@@ -8,6 +8,7 @@ import torch
 from couturier.components.errors import ConfigError
 from couturier.components.interest.items import Content, FeatureConfig
 from couturier.components.interest.judges.profile import ProfileConfig, ProfileJudge
+from couturier.components.interest.layers import keep_all
 from couturier.components.interest.types import HistoryBatch
 
 ITEMS, WIDTH = 12, 6
@@ -55,7 +56,7 @@ def test_a_profile_is_as_large_for_ten_thousand_as_for_ten(judge: ProfileJudge) 
 def test_what_came_later_changes_no_earlier_state(judge: ProfileJudge) -> None:
     one, other = [1, 2, 3, 4], [1, 2, 9, 0]
     states = [
-        judge._states(lived(judge, history), judge.tower(judge.embed_items()[history]), None)
+        judge._states(lived(judge, history), judge.tower(judge.embed_items()[history]), keep_all)
         for history in (one, other)
     ]
     assert torch.equal(states[0][:2], states[1][:2]) and not torch.equal(states[0][2:], states[1][2:])

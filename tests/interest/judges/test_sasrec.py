@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from couturier.components.errors import ConfigError, DataError
 from couturier.components.interest.items import Content, FeatureConfig
+from couturier.components.interest.judge import make_judge
+from couturier.components.interest.judges.profile import ProfileConfig
 from couturier.components.interest.judges.sasrec import (
     SasrecConfig,
     SasrecJudge,
@@ -21,8 +23,9 @@ from couturier.components.interest.judges.sasrec import (
     gbce_power,
     next_softmax,
 )
+from couturier.components.interest.layers import RowDropout
 from couturier.components.interest.types import HistoryBatch, TrainBatch
-from couturier.components.runtime import global_seed, seeded
+from couturier.components.runtime import global_seed, seeded, threads
 
 from ..worlds import sasrec as world
 from ..worlds.base import planted_log
@@ -117,6 +120,35 @@ def test_a_catalogue_that_is_shown_as_it_is_gives_the_same_loss_and_gradients(lo
         leaves = [judge.tower.weight, judge.items.identity.weight, judge.nothing]
         found.append((total, *torch.autograd.grad(total, leaves, retain_graph=True)))
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("kind", ["sasrec", "profile"])
+def test_users_shared_out_to_cores_give_the_same_loss_and_gradients(kind: str) -> None:
+    config = replace((ProfileConfig if kind == "profile" else SasrecConfig)(), width=16, length=6, dropout=0.25)
+    with global_seed(0, "test"):
+        content = Content.of_vectors(torch.randn(ITEMS, 3))
+        judge = make_judge(kind, config, FeatureConfig(words=0, ids=8), content).train()
+    assert isinstance(judge, SasrecJudge)
+    random = np.random.default_rng(0)
+    lengths = [0, 1, 9, 30, *random.integers(8, size=30).tolist()]
+    histories = [random.integers(ITEMS, size=length).tolist() for length in lengths]
+    batch = batch_of(judge, histories, random.integers(ITEMS, size=len(lengths)).tolist(), [6])
+    found = []
+    for count in (1, 2):
+        with threads(count):
+            total, parts = judge.loss(replace(batch, catalogue_ID=judge.embed_items()), seeded(0))
+            assert ("_SummedBackward" in graph(total)) == (count == 2)
+            grads = torch.autograd.grad(total, list(judge.parameters()), allow_unused=True)
+            found.append([total, parts["next"], *grads])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def graph(value: torch.Tensor) -> set[str]:
+    """Names of what a value was made by, two steps back."""
+    node = value.grad_fn
+    assert node is not None
+    return {type(node).__name__, *(type(into).__name__ for into, _ in node.next_functions)}
 
 
 def rows_of_loss(seed: int, dtype: torch.dtype = torch.float32, *, scale: float = 1.0) -> tuple[_Next, torch.Tensor]:
@@ -236,13 +268,13 @@ def test_worn_candidates_are_learned_from_as_shown_and_clean_ones_once() -> None
 
 
 def test_dropout_follows_the_generator_and_keeps_the_mean() -> None:
-    judge = made(replace(SMALL, dropout=0.25)).train()
     x = torch.ones(200, 16)
-    one, again, other = (judge._dropped(x, seeded(seed)) for seed in (0, 0, 1))
+    one, again, other = (
+        RowDropout(0.25, rows=200, width=16, layers=1, noise=seeded(seed)).of(0, 200)(x) for seed in (0, 0, 1)
+    )
     assert torch.equal(one, again) and not torch.equal(one, other)
     assert float((one == 0).float().mean()) == pytest.approx(0.25, abs=0.03)
     assert float(one.mean()) == pytest.approx(1.0, abs=0.04)
-    assert torch.equal(judge.eval()._dropped(x, seeded(0)), x)
 
 
 def test_explain_is_leaving_out_whatever_the_order_and_length() -> None:

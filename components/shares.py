@@ -33,7 +33,7 @@ def how_many(layer: nn.Module, users: int, samples: int) -> int:
     """Into how many shares a batch is best split: one wherever splitting it could not pay.
 
     Args:
-        layer: one of the model's.
+        layer: one of the model's, or what of it is about as large.
         users: what is split.
         samples: of all users, those without the history included.
     """
@@ -87,6 +87,54 @@ def shared_out(work: Callable[..., Tensor], rows: Sequence[Tensor], weights: Seq
     return cast(Tensor, _SharedOut.apply(work, shares, len(rows), *rows, *weights))
 
 
+def summed(parts: Sequence[Callable[..., Tensor]], shared: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """The sum of the numbers that ``part(*shared)`` returns, computed side by side with their gradients in one go.
+
+    Args:
+        parts: each returns one number.
+        shared: their arguments; what they need of gradients is added up in the order of the parts.
+        weights: all else that they read and that may need a gradient.
+
+    Example:
+        >>> a, x = torch.ones(2, requires_grad=True), torch.ones(2)
+        >>> (2 * summed([lambda x: (a * x).sum(), lambda x: a[0] * x[0]], [x], [a])).backward()
+        >>> a.grad
+        tensor([4., 2.])
+    """
+    return cast(Tensor, _Summed.apply(parts, len(shared), *shared, *weights))
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parts: Sequence[Callable[..., Tensor]], shared: int, *tensors: Tensor) -> Tensor:
+        wanted = ctx.needs_input_grad[2:]
+
+        def one(part: Callable[..., Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+            own = [x.detach().requires_grad_(x.requires_grad) for x in tensors[:shared]]
+            with torch.set_grad_enabled(any(wanted)):
+                out = part(*own)
+            asked = [x for x, want in zip([*own, *tensors[shared:]], wanted, strict=True) if want]
+            grads = torch.autograd.grad(out, asked, allow_unused=True) if asked else ()
+            found = iter(grads)
+            return out.detach(), [next(found) if want else None for want in wanted]
+
+        done = side_by_side([partial(one, part) for part in parts])
+        ctx.grads = [_total(each) for each in zip(*(grads for _, grads in done), strict=True)]
+        return torch.stack([out for out, _ in done]).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grads, ctx.grads = ctx.grads, None
+        return None, None, *(None if one is None else one * grad for one in grads)
+
+
+def _total(grads: Sequence[Tensor | None]) -> Tensor | None:
+    """Their sum in their order; None counts for nothing."""
+    given = [grad for grad in grads if grad is not None]
+    return sum(given[1:], given[0]) if given else None
+
+
 class _SharedOut(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, work: Callable[..., Tensor], shares: int, rows: int, *tensors: Tensor) -> Tensor:
@@ -118,6 +166,5 @@ class _SharedOut(torch.autograd.Function):
         whole = [
             torch.cat(cast("list[Tensor]", each)) if each[0] is not None else None for each in together[: ctx.rows]
         ]
-        for each in together[ctx.rows :]:
-            whole.append(None if each[0] is None else sum(each[1:], each[0]))
+        whole += [_total(each) for each in together[ctx.rows :]]
         return None, None, None, *whole

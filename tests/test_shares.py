@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from couturier.components.generator.shares import how_many, shared_out, side_by_side
 from couturier.components.runtime import threads
+from couturier.components.shares import how_many, shared_out, side_by_side
 
 
 def test_side_by_side_keeps_the_order_and_gives_every_part_its_share_of_the_threads() -> None:
