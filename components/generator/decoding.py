@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from couturier.components.errors import ConfigError
+from couturier.kernels import llama_layer
 from couturier.kernels.shared_prefix import PrefixCache, shared_prefix_attention
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 
 # Joining copies weights; beyond this many a layer the copy costs more than it saves.
 _JOIN_BELOW = 1 << 22
+
+# Numbers that go through layers from which on a batch is worth asking a compiler, once a process.
+_COMPILE_FROM = 1 << 18
 
 Weight = tuple[Tensor, Tensor | None]
 
@@ -78,6 +82,8 @@ class Block(NamedTuple):
     mlp_norm: Tensor | None
     gate_up: tuple[Weight | nn.Module, ...]
     down: Weight | nn.Module
+    packed: llama_layer.Weights | None = None
+    """The same for the compiled step, where that does it; then nothing is paired."""
 
 
 class _Shape(NamedTuple):
@@ -87,6 +93,15 @@ class _Shape(NamedTuple):
     kv_heads: int
     width: int
     eps: float
+
+
+class _Passes(NamedTuple):
+    """What rows go through between products."""
+
+    norm: Callable[[Tensor, Tensor | None], Tensor]
+    """Rows and, unless it is in the weights that read them, the norm's weight → rows."""
+    gate: Callable[[Tensor], Tensor]
+    """Gate and up side by side → what goes down."""
 
 
 class _Turn(NamedTuple):
@@ -132,23 +147,39 @@ class Decoding:
         self.decoder, lm = decoder, decoder.lm
         device = prefix.x_NPD.device
         self.shape = _shape(lm)
-        self.act: Callable[[Tensor], Tensor] = cast("LlamaDecoderLayer", lm.layers[0]).mlp.act_fn
         self.static = compile or device.type == "cuda"
-        self.blocks = blocks or blocks_of(lm, pairs=not self.static)
-        self.cache = PrefixCache(
-            prefix.mask_NP[row_R],
-            samples=samples,
-            tokens=steps,
-            layers=len(self.blocks),
-            heads=self.shape.kv_heads,
-            like=prefix.x_NPD.new_empty(self.shape.width),
-            all_at_once=self.static,
-        )
-        self.first_RK = self.decoder.head(self._read(prefix, row_R))[row_R]
+        self.blocks = blocks or blocks_of(lm, tokens=0 if self.static else len(row_R) * samples * steps)
         after_R1 = prefix.position_NP[row_R, -1:] + 1
         positions_RT = after_R1 + torch.arange(steps, device=device)
         cos_RTd, sin_RTd = lm.rotary_emb(prefix.x_NPD, positions_RT)
-        self.turns = _turn(cos_RTd[:, :, None, None], sin_RTd[:, :, None, None], pairs=not self.static)
+        self.passes = _plain_passes(cast("LlamaDecoderLayer", lm.layers[0]).mlp.act_fn, self.shape.eps)
+        packed = [block.packed for block in self.blocks if block.packed]
+        self.steps: llama_layer.Steps | None = None
+        if not self.static and len(packed) == len(self.blocks):
+            self.passes = _compiled_passes(self.shape)
+            self.steps = llama_layer.Steps(
+                packed,
+                prefix.mask_NP,
+                row_R,
+                samples=samples,
+                heads=self.shape.heads,
+                kv_heads=self.shape.kv_heads,
+                cos_RTd=cos_RTd,
+                sin_RTd=sin_RTd,
+                eps=self.shape.eps,
+            )
+        else:
+            self.cache = PrefixCache(
+                prefix.mask_NP[row_R],
+                samples=samples,
+                tokens=steps,
+                layers=len(self.blocks),
+                heads=self.shape.kv_heads,
+                like=prefix.x_NPD.new_empty(self.shape.width),
+                all_at_once=self.static,
+            )
+            self.turns = _turn(cos_RTd[:, :, None, None], sin_RTd[:, :, None, None], pairs=not self.static)
+        self.first_RK = self.decoder.head(self._read(prefix, row_R))[row_R]
         self.t = 0
         self.graph: _Graph | None = None
         if compile and any(isinstance(part, nn.Module) for block in self.blocks for part in _parts(block)):
@@ -162,21 +193,41 @@ class Decoding:
         """One pass over the prompts: fills the cache; the last hidden state of each ``[N, D]``."""
         count, p, _ = prefix.x_NPD.shape
         cos, sin = self.decoder.lm.rotary_emb(prefix.x_NPD, prefix.position_NP)
-        turn = _turn(cos[:, :, None], sin[:, :, None], pairs=not self.static)
         bias = _causal_bias(prefix.mask_NP, prefix.x_NPD.dtype)
+        heads, kv_heads, d, _ = self.shape
+        # Only what counts goes through the products; padding stands in attention alone.
+        real_M = prefix.mask_NP.flatten().nonzero()[:, 0]
+        whole = self.static or len(real_M) == count * p
         x = prefix.x_NPD.flatten(0, 1)
-        heads, kv_heads, d, eps = self.shape
+        if not whole:
+            x, cos, sin = (rows.flatten(0, -2)[real_M] for rows in (x, cos, sin))
+        turn = _turn(cos.view(-1, 1, 1, d), sin.view(-1, 1, 1, d), pairs=not self.static)
+
+        def boxed(rows_M1Gd: Tensor) -> Tensor:
+            if whole:
+                return rows_M1Gd.view(count, p, -1, d)
+            box = rows_M1Gd.new_zeros(count * p, *rows_M1Gd.shape[2:])
+            return box.index_copy_(0, real_M, rows_M1Gd[:, 0]).view(count, p, -1, d)
+
         for i, block in enumerate(self.blocks):
-            qk, v = _qkv(x, block, self.shape, turn, (count, p))
+            qk, v = (boxed(part) for part in _qkv(x, block, self.shape, self.passes, turn, (len(x), 1)))
+            if self.steps:
+                self.steps.keep(i, qk[:, :, heads:], v)
             k = qk[:, :, heads:].transpose(1, 2)
             q, v = qk[:, :, :heads].transpose(1, 2), v.transpose(1, 2)
-            self.cache.k_lUGSd[i, :, :, :p] = k[row_R]
-            self.cache.v_lUGSd[i, :, :, :p] = v[row_R]
-            if i + 1 == len(self.blocks):
+            if not self.steps:
+                self.cache.k_lUGSd[i, :, :, :p] = k[row_R]
+                self.cache.v_lUGSd[i, :, :, :p] = v[row_R]
+            last = i + 1 == len(self.blocks)
+            if last:
                 # Nothing reads the last layer of a prompt but the token that follows it.
-                q, bias, x = q[:, :, -1:], bias[:, :, -1:], x.view(count, p, -1)[:, -1]
+                counts_N = prefix.mask_NP.new_full((count,), p, dtype=torch.int64) if whole else prefix.mask_NP.sum(1)
+                q, bias, x = q[:, :, -1:], bias[:, :, -1:], x[counts_N.cumsum(0) - 1]
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=heads != kv_heads)
-            x = _feed_forward(_add(x, mixed.transpose(1, 2).reshape(-1, heads * d), block.out), block, eps, self.act)
+            mixed_MX = mixed.transpose(1, 2).reshape(-1, heads * d)
+            if not (whole or last):
+                mixed_MX = mixed_MX[real_M]
+            x = _feed_forward(_add(x, mixed_MX, block.out), block, self.passes)
         return self._last_norm(x)
 
     def first_logits(self) -> Tensor:
@@ -185,9 +236,12 @@ class Decoding:
 
     def step(self, x_RnD: Tensor) -> Tensor:
         """Feed the embeddings of the tokens just drawn; logits ``[R, n, K]`` of the next."""
-        t, cache = self.t, self.cache
+        t = self.t
         self.t += 1
-        turn, x_MD = self.turns.at(t), x_RnD.flatten(0, 1)
+        x_MD = x_RnD.flatten(0, 1)
+        if self.steps:
+            return self.decoder.head(self._last_norm(self.steps.step(x_MD, t))).unflatten(0, x_RnD.shape[:2])
+        turn, cache = self.turns.at(t), self.cache
         if self.static:
             hidden = self._static(x_MD, turn, torch.arange(cache.end(t), cache.end(t + 1), device=x_MD.device))
         else:
@@ -195,28 +249,28 @@ class Decoding:
         return self.decoder.head(self._last_norm(hidden)).unflatten(0, x_RnD.shape[:2])
 
     def _last_norm(self, x_MD: Tensor) -> Tensor:
-        return F.rms_norm(x_MD, x_MD.shape[-1:], self.decoder.lm.norm.weight, self.shape.eps)
+        return self.passes.norm(x_MD, self.decoder.lm.norm.weight)
 
     def _filled(self, x_MD: Tensor, turn: _Turn, first: int, end: int) -> Tensor:
         """All layers over the slots that are filled."""
-        cache, (heads, _, _, eps) = self.cache, self.shape
+        cache, heads = self.cache, self.shape.heads
         bias, size = cache.bias_UnS[:, :, :end], (len(cache.bias_UnS), cache.samples)
         for i, block in enumerate(self.blocks):
-            qk, v = _qkv(x_MD, block, self.shape, turn, size)
+            qk, v = _qkv(x_MD, block, self.shape, self.passes, turn, size)
             keys, values = cache.k_lUGSd[i], cache.v_lUGSd[i]
             keys[:, :, first:end], values[:, :, first:end] = qk[:, :, heads:].transpose(1, 2), v.transpose(1, 2)
             mixed = shared_prefix_attention(qk[:, :, :heads], keys[:, :, :end], values[:, :, :end], bias)
-            x_MD = _feed_forward(_add(x_MD, mixed.reshape(len(x_MD), -1), block.out), block, eps, self.act)
+            x_MD = _feed_forward(_add(x_MD, mixed.reshape(len(x_MD), -1), block.out), block, self.passes)
         return x_MD
 
     def _static(self, x_MD: Tensor, turn: _Turn, slots_n: Tensor) -> Tensor:
         """All layers over all slots: every step has the same shape."""
         inputs = (x_MD, slots_n, *turn)
         if x_MD.device.type != "cuda" or self._layers is not _static_layers:
-            return self._layers(self.blocks, self.shape, self.act, self.cache, *inputs)
+            return self._layers(self.blocks, self.shape, self.passes, self.cache, *inputs)
         if self.graph is None:
             self.graph = _Graph(
-                lambda *now: _static_layers(self.blocks, self.shape, self.act, self.cache, *now), inputs
+                lambda *now: _static_layers(self.blocks, self.shape, self.passes, self.cache, *now), inputs
             )
         return self.graph.replay(inputs)
 
@@ -247,7 +301,7 @@ class _Graph:
 def _static_layers(
     blocks: list[Block],
     shape: _Shape,
-    act: Callable[[Tensor], Tensor],
+    passes: _Passes,
     cache: PrefixCache,
     x_MD: Tensor,
     slots_n: Tensor,
@@ -257,12 +311,12 @@ def _static_layers(
     later_S = torch.arange(cache.bias_UnS.shape[2], device=slots_n.device) > slots_n[-1]
     bias = cache.bias_UnS.masked_fill(later_S, float("-inf"))
     for i, block in enumerate(blocks):
-        qk, v = _qkv(x_MD, block, shape, _Turn(*turn), size)
+        qk, v = _qkv(x_MD, block, shape, passes, _Turn(*turn), size)
         keys, values = cache.k_lUGSd[i], cache.v_lUGSd[i]
         keys.index_copy_(2, slots_n, qk[:, :, heads:].transpose(1, 2))
         values.index_copy_(2, slots_n, v.transpose(1, 2))
         mixed = shared_prefix_attention(qk[:, :, :heads], keys, values, bias)
-        x_MD = _feed_forward(_add(x_MD, mixed.reshape(len(x_MD), -1), block.out), block, shape.eps, act)
+        x_MD = _feed_forward(_add(x_MD, mixed.reshape(len(x_MD), -1), block.out), block, passes)
     return x_MD
 
 
@@ -271,9 +325,41 @@ def _compiled() -> Callable[..., Tensor]:
     return torch.compile(_static_layers, dynamic=False)
 
 
-def blocks_of(lm: LlamaModel, *, pairs: bool = True) -> list[Block]:
-    """A model's layers with joined weights, for as long as these do not change; ``pairs`` as in :class:`Block`."""
-    return [_block(layer, _shape(lm), pairs=pairs) for layer in cast("Sequence[LlamaDecoderLayer]", lm.layers)]
+def blocks_of(lm: LlamaModel, *, tokens: int) -> list[Block]:
+    """A model's layers with joined weights, for as long as these do not change.
+
+    Args:
+        tokens: how many of all samples will go through the layers; 0 for steps of one shape, as on a GPU.
+    """
+    shape, layers = _shape(lm), cast("Sequence[LlamaDecoderLayer]", lm.layers)
+    plain = [_block(layer) for layer in layers]
+    if not tokens or any(block.norm is not None for block in plain):
+        return plain
+    gated_by_silu = lm.config.hidden_act in ("silu", "swish")
+    if gated_by_silu and tokens * lm.config.hidden_size * len(layers) >= _COMPILE_FROM and all(map(_is_bare, plain)):
+        rows = [cast(Weight, part)[0] for part in (*plain[0].qkv, plain[0].out, *plain[0].gate_up, plain[0].down)]
+        if llama_layer.covers(*map(len, rows), head=shape.width, like=rows[0]):
+            return [block._replace(packed=_packed(block, shape)) for block in plain]
+    return [
+        block._replace(paired=True, qkv=tuple(_paired(cast(Weight, part), shape) for part in block.qkv))
+        for block in plain
+    ]
+
+
+def _packed(block: Block, shape: _Shape) -> llama_layer.Weights:
+    parts = (*block.qkv, block.out, *block.gate_up, block.down)
+    return llama_layer.Weights.packed(*(cast(Weight, part)[0].t() for part in parts), head=shape.width)
+
+
+def _is_bare(block: Block) -> bool:
+    """Whether a layer's projections are products without biases, joined, with the norms in them."""
+    parts = _parts(block)
+    return (
+        len(parts) == 4
+        and block.norm is None
+        and block.mlp_norm is None
+        and all(isinstance(part, tuple) and part[1] is None for part in parts)
+    )
 
 
 def _shape(lm: LlamaModel) -> _Shape:
@@ -282,16 +368,15 @@ def _shape(lm: LlamaModel) -> _Shape:
     return _Shape(heads, kv_heads, int(first.self_attn.head_dim), float(first.input_layernorm.variance_epsilon))
 
 
-def _block(layer: LlamaDecoderLayer, shape: _Shape, *, pairs: bool) -> Block:
+def _block(layer: LlamaDecoderLayer) -> Block:
     attention, mlp = layer.self_attn, layer.mlp
     qkv = _join(attention.q_proj, attention.k_proj, attention.v_proj)
     norm, qkv = _with_norm(layer.input_layernorm.weight, qkv)
     mlp_norm, gate_up = _with_norm(layer.post_attention_layernorm.weight, _join(mlp.gate_proj, mlp.up_proj))
-    pairs = pairs and norm is None
     return Block(
         norm=norm,
-        qkv=tuple(_paired(part, shape) for part in qkv if isinstance(part, tuple)) if pairs else qkv,
-        paired=pairs,
+        qkv=qkv,
+        paired=False,
         out=_plain(attention.o_proj),
         mlp_norm=mlp_norm,
         gate_up=gate_up,
@@ -359,10 +444,12 @@ def _add(x_MD: Tensor, y_MD: Tensor, part: Weight | nn.Module) -> Tensor:
     return x_MD + _project(y_MD, part)
 
 
-def _qkv(x_MD: Tensor, block: Block, shape: _Shape, turn: _Turn, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _qkv(
+    x_MD: Tensor, block: Block, shape: _Shape, passes: _Passes, turn: _Turn, size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
     """Rotated queries and keys ``[*size, H + G, d]`` and values ``[*size, G, d]``."""
-    heads, kv_heads, d, eps = shape
-    joined = _project_all(F.rms_norm(x_MD, x_MD.shape[-1:], block.norm, eps), block.qkv)
+    heads, kv_heads, d, _ = shape
+    joined = _project_all(passes.norm(x_MD, block.norm), block.qkv)
     joined = joined.view(*size, heads + 2 * kv_heads, d)
     qk, v = joined[:, :, : heads + kv_heads], joined[:, :, heads + kv_heads :]
     if block.paired:
@@ -371,10 +458,25 @@ def _qkv(x_MD: Tensor, block: Block, shape: _Shape, turn: _Turn, size: tuple[int
     return torch.addcmul(qk * turn.cos, qk.roll(d // 2, -1), turn.sin), v
 
 
-def _feed_forward(x_MD: Tensor, block: Block, eps: float, act: Callable[[Tensor], Tensor]) -> Tensor:
-    joined = _project_all(F.rms_norm(x_MD, x_MD.shape[-1:], block.mlp_norm, eps), block.gate_up)
-    gate, up = joined.chunk(2, -1)
-    return _add(x_MD, act(gate) * up, block.down)
+def _feed_forward(x_MD: Tensor, block: Block, passes: _Passes) -> Tensor:
+    joined = _project_all(passes.norm(x_MD, block.mlp_norm), block.gate_up)
+    return _add(x_MD, passes.gate(joined), block.down)
+
+
+def _plain_passes(act: Callable[[Tensor], Tensor], eps: float) -> _Passes:
+    def gate(joined: Tensor) -> Tensor:
+        first, up = joined.chunk(2, -1)
+        return act(first) * up
+
+    return _Passes(norm=lambda x, weight: F.rms_norm(x, x.shape[-1:], weight, eps), gate=gate)
+
+
+def _compiled_passes(shape: _Shape) -> _Passes:
+    def norm(x: Tensor, weight: Tensor | None) -> Tensor:
+        out = llama_layer.norm(x.contiguous(), shape.eps, head=shape.width)
+        return out if weight is None else out.mul_(weight)
+
+    return _Passes(norm=norm, gate=lambda joined: llama_layer.swiglu(joined, head=shape.width))
 
 
 def _turn(cos: Tensor, sin: Tensor, *, pairs: bool) -> _Turn:

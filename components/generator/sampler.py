@@ -112,7 +112,7 @@ def sample_tokens(
         raise ConfigError(f"n is {n}; ask for at least one picture.")
     shares = 1 if settings.compile else how_many(decoder.lm.layers[0], users, row_BU.numel() * n)
     with small_work(shares):
-        blocks = blocks_of(decoder.lm) if shares > 1 else None
+        blocks = blocks_of(decoder.lm, tokens=row_BU.numel() * n * length) if shares > 1 else None
 
     def share(i: int) -> Tensor:
         some = slice(i, users, shares)  # every so many: prompts are often sorted by length

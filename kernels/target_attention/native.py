@@ -1,8 +1,8 @@
 """The unit of ``torch_gate`` compiled for this processor (``gate.c``), where there is a C compiler.
 
-The compiler takes less than a second for a shape, so it is asked once a process, when a call is large enough; nothing
-is kept on disk. Whether a call comes here hangs on its sizes, the threads and the machine alone, so a resumed fit
-repeats to the bit. ``COUTURIER_KERNELS=torch`` keeps everything in PyTorch.
+The compiler is asked when a call is large enough (:mod:`couturier.kernels.compiled`). Whether a call comes here hangs
+on its sizes, the threads and the machine alone, so a resumed fit repeats to the bit. ``COUTURIER_KERNELS=torch`` keeps
+everything in PyTorch.
 
 Legend: U lists, N behaviours, R rows, P pairs, H width of queries, keys and values, F of the hidden layer, T threads.
 """
@@ -10,28 +10,19 @@ Legend: U lists, N behaviours, R rows, P pairs, H width of queries, keys and val
 from __future__ import annotations
 
 import ctypes
-import functools
-import shutil
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from couturier.kernels import dispatch
+from couturier.kernels import compiled, dispatch
 from couturier.kernels.target_attention.gate import DiceGate
 from couturier.kernels.target_attention.torch_mlp import First
 
 # Numbers of the hidden layer from which on a call is worth a compiler.
 _LEAST = 1 << 18
 _LANES = 16
-_COMPILERS = ("cc", "gcc")
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-Wno-psabi")
-_PATIENCE_S = 120
 
 
 class _Sizes(ctypes.Structure):
@@ -43,26 +34,9 @@ class _Sizes(ctypes.Structure):
     _fields_ += [(name, ctypes.c_void_p) for name in ("key_turned", "product_turned")]
 
 
-@functools.cache
 def library(hidden: int, width: int) -> ctypes.CDLL | None:
     """The kernels for a shape, compiled now if they were not yet; None where that cannot be done."""
-    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
-    if compiler is None or sys.platform != "linux":
-        return None
-    source = Path(__file__).with_name("gate.c")
-    with tempfile.TemporaryDirectory(prefix="couturier-") as folder:
-        made, linked = Path(folder, "gate.o"), Path(folder, "gate.so")
-        shape = (f"-DF={hidden}", f"-DH={width}")
-        try:
-            for words in (
-                [*_FLAGS, *shape, "-c", str(source), "-o", str(made)],
-                ["-shared", str(made), "-o", str(linked)],
-            ):
-                # Linked without OpenMP: its names are found in the one that PyTorch has loaded, with its threads.
-                subprocess.run([compiler, *words], check=True, capture_output=True, timeout=_PATIENCE_S)
-            return ctypes.CDLL(str(linked))
-        except (subprocess.SubprocessError, OSError):
-            return None
+    return compiled.library("target_attention/gate.c", F=hidden, H=width)
 
 
 def covers(first: First, keys_NH: Tensor, values_NE: Tensor, offsets: Tensor, row_user: Tensor, gate: DiceGate) -> bool:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from couturier.components.errors import ConfigError
-from couturier.components.generator import sampler
+from couturier.components.generator import decoding, sampler
 from couturier.components.generator.decoding import Decoding, _Turn
 from couturier.components.generator.janus import JanusGenerator
 from couturier.components.generator.sampler import _distinct, _Points
 from couturier.components.runtime import threads
+from couturier.kernels import dispatch, llama_layer
 
 
 def test_greedy_codes_are_the_argmax_of_the_teacher_forced_pass(
@@ -168,6 +169,30 @@ def test_users_shared_out_to_cores_get_the_same_pictures(
             shared = generator.sample(histories, 24, **how)
         assert sorted(begun) == [1, 2, 3]
         assert torch.equal(shared, alone)
+
+
+@pytest.mark.skipif(llama_layer.library(16) is None, reason="no C compiler")
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_steps_in_one_call_draw_the_same_pictures(
+    generator: JanusGenerator, histories: np.ndarray, guidance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "_COMPILE_FROM", 0)
+    steps: list[int] = []
+    step = llama_layer.Steps.step
+
+    def counted(self: llama_layer.Steps, x_MD: Tensor, t: int) -> Tensor:
+        steps.append(t)
+        return step(self, x_MD, t)
+
+    monkeypatch.setattr(llama_layer.Steps, "step", counted)
+    for temperature in (0.0, 1.0):
+        how: dict[str, Any] = {"seeds": [1, 2, 3], "guidance": guidance, "temperature": temperature}
+        with dispatch.use("torch"):
+            wanted = generator.sample(histories, 7, **how)
+        assert not steps
+        assert torch.equal(generator.sample(histories, 7, **how), wanted)
+        assert steps == [0, 1, 2]
+        steps.clear()
 
 
 def test_prompts_that_occur_twice_are_read_once(generator: JanusGenerator, histories: np.ndarray) -> None:

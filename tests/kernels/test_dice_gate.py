@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from couturier.kernels import dispatch
+from couturier.kernels import compiled, dispatch
 from couturier.kernels.target_attention import DiceGate, Pooling, mlp_attention, native, torch_gate, torch_impl
 
 from .jagged_cases import Lists, error, shuffled_rows
@@ -122,8 +122,8 @@ def test_the_compiled_unit_and_all_its_gradients(monkeypatch: pytest.MonkeyPatch
 
 def test_without_a_compiler_pytorch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_impl, "_folds", lambda *sizes: True)
-    monkeypatch.setattr(native, "_COMPILERS", ("no-such-compiler",))
+    monkeypatch.setattr(compiled, "COMPILERS", ("no-such-compiler",))
+    monkeypatch.setattr(compiled, "library", compiled.library.__wrapped__)
     monkeypatch.setattr(native, "_LEAST", 0)
-    monkeypatch.setattr(native, "library", native.library.__wrapped__)
     found, wanted = step("auto", torch.float32), step("torch", torch.float32)
     assert all(torch.equal(one, two) for one, two in zip(found, wanted, strict=True))

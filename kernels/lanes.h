@@ -1,0 +1,43 @@
+/* Sixteen floats at a time, for the kernels that are compiled on demand: gcc's vector types, on any processor. */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t i16 __attribute__((vector_size(64)));
+#define AT(p) (*(v16 *)(p))
+#define ALL(x) ((v16){0} + (x))
+#define UNROLL _Pragma("GCC unroll 16")
+
+static inline float total(v16 x) {
+    float sum = 0;
+    for (int i = 0; i < 16; i++) sum += x[i];
+    return sum;
+}
+
+static inline v16 chosen(i16 where, v16 yes, v16 no) {
+    return (v16)((where & (i16)yes) | (~where & (i16)no));
+}
+
+/* exp by 2^n times a polynomial (Cephes' coefficients), to two units in the last place; between exp(-87) and exp(87). */
+static inline v16 expv(v16 y) {
+    y = chosen(y > 87.0f, ALL(87.0f), y);
+    y = chosen(y < -87.0f, ALL(-87.0f), y);
+    const v16 shift = ALL(12582912.0f); /* 1.5 2^23 rounds to the nearest whole number */
+    v16 n = y * 1.44269504088896341f + shift;
+    const i16 bits = (i16)n;
+    n -= shift;
+    v16 r = y - n * 0.693359375f + n * 2.12194440e-4f;
+    v16 e = ALL(1.9875691500e-4f);
+    e = e * r + 1.3981999507e-3f;
+    e = e * r + 8.3334519073e-3f;
+    e = e * r + 4.1665795894e-2f;
+    e = e * r + 1.6666665459e-1f;
+    e = e * r + 5.0000001201e-1f;
+    e = e * r * r + r + 1.0f;
+    return e * (v16)((bits << 23) + (127 << 23));
+}
+
+static inline v16 sigmoid(v16 x) {
+    return 1.0f / (1.0f + expv(-x));
+}
