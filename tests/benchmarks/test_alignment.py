@@ -25,6 +25,15 @@ def test_greedy_codes_are_those_of_transformers_generate() -> None:
     assert not torch.equal(mine[:1], mine[1:2])
 
 
+def test_generate_draws_in_a_process_of_its_own() -> None:
+    with sampling.Apart(seed=1, cores=1) as apart:
+        times = [apart.seconds(guidance) for guidance in (sampling.GUIDANCE, sampling.NEARLY_ONE)]
+        apart._process.kill()
+        with pytest.raises(RuntimeError, match="ended"):
+            apart.seconds(sampling.GUIDANCE)
+    assert all(wall > 0 and cpu > 0 for wall, cpu in times)
+
+
 def test_sampled_codes_have_the_distribution_of_transformers_generate() -> None:
     """First codes of one user, guided: both sides against each other and the formula, in eight equally likely bins."""
     ours, shown_UK = sampling.generator(seed=1), sampling.histories(seed=1)[:1]

@@ -6,15 +6,24 @@ rows of its embedding, and the prompts name those rows: both sides read the very
 of guidance, and fails at a guidance of 1 or less; guidance 1 is measured at 1 + 1e-6, where the other row counts for
 nothing but still costs the peer its time.
 
+``generate`` runs in a process of its own, in turns with ours. In our process it would gain from what ours sets up there
+(a process keeps the memory its tensors free, and ``generate`` frees and takes its whole cache at every token); that
+ratio stands beside the other as ``ratio_same_process``.
+
 Legend: U users, n samples a user, L codes a picture, P prompt tokens, I items, T feature tokens a picture.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -118,15 +127,69 @@ def histories(seed: int) -> np.ndarray:
     return found_UK
 
 
-def taking_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
-    """Median wall and CPU seconds of each call over ``rounds`` in turns, after one that is not counted."""
+def timed(call: Callable[[], object]) -> tuple[float, float]:
+    """Wall and CPU seconds of a call."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+class Apart:
+    """``generate`` in a process of its own, as somebody would run it: nothing of ours has set up its memory or threads.
+
+    It waits without working until it is asked.
+    """
+
+    def __init__(self, seed: int, cores: int) -> None:
+        command = [sys.executable, "-m", "tests.benchmarks.alignment_peers.sampling", str(seed), str(cores)]
+        root = str(Path(__file__).resolve().parents[3])
+        self._process = subprocess.Popen(
+            command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+
+    def __enter__(self) -> Apart:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def seconds(self, guidance: float) -> tuple[float, float]:
+        """Wall and CPU seconds of drawing once, measured there.
+
+        Raises:
+            RuntimeError: the process has ended.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(f"{guidance}\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"generate's process ended with {self._process.wait()}")
+        wall, cpu = json.loads(answer)
+        return wall, cpu
+
+
+def answer_turns(seed: int, cores: int) -> None:
+    """The process of :class:`Apart`: a line with a guidance in, a line with wall and CPU seconds out."""
+    torch.set_num_threads(cores)
+    ours = generator(seed)
+    peer, prompts = Peer(ours), ours.prompts.build(histories(seed))
+    for line in sys.stdin:
+        guidance = float(line)
+        found = timed(partial(peer.sample, prompts, SAMPLES, guidance=guidance, greedy=False))
+        sys.stdout.write(json.dumps(found) + "\n")
+        sys.stdout.flush()
+
+
+def taking_turns(calls: dict[str, Callable[[], tuple[float, float]]], rounds: int) -> dict[str, dict[str, float]]:
+    """Median wall and CPU seconds, as each call says them, over ``rounds`` in turns, after one that is not counted."""
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name, call in calls.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            call()
+            both = call()
             if turn:
-                seen[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+                seen[name].append(both)
     return {
         name: {
             "wall_s": statistics.median(wall for wall, _ in both),
@@ -151,13 +214,14 @@ def ratio(*, seed: int = 0, rounds: int = 9, cores: int = 2) -> dict[str, Any]:
         )
         for guidance in (NEARLY_ONE, GUIDANCE)
     }
-    with threads(cores):
+    with threads(cores), Apart(seed, cores) as apart:
         times = taking_turns(
             {
-                "ours": lambda: ours.sample(shown_UK, SAMPLES, seeds=seeds, guidance=GUIDANCE),
-                "other": lambda: peer.sample(prompts, SAMPLES, guidance=GUIDANCE, greedy=False),
-                "ours_plain": lambda: ours.sample(shown_UK, SAMPLES, seeds=seeds),
-                "other_plain": lambda: peer.sample(prompts, SAMPLES, guidance=NEARLY_ONE, greedy=False),
+                "ours": lambda: timed(lambda: ours.sample(shown_UK, SAMPLES, seeds=seeds, guidance=GUIDANCE)),
+                "other": lambda: apart.seconds(GUIDANCE),
+                "other_here": lambda: timed(lambda: peer.sample(prompts, SAMPLES, guidance=GUIDANCE, greedy=False)),
+                "ours_plain": lambda: timed(lambda: ours.sample(shown_UK, SAMPLES, seeds=seeds)),
+                "other_plain": lambda: apart.seconds(NEARLY_ONE),
             },
             rounds,
         )
@@ -173,9 +237,15 @@ def ratio(*, seed: int = 0, rounds: int = 9, cores: int = 2) -> dict[str, Any]:
         "ratio_guidance_1_cpu": times["other_plain"]["cpu_s"] / times["ours_plain"]["cpu_s"],
         "ours_guidance_1": tokens / times["ours_plain"]["wall_s"],
         "other_guidance_1": tokens / times["other_plain"]["wall_s"],
+        "ratio_same_process": times["other_here"]["wall_s"] / times["ours"]["wall_s"],
+        "other_same_process": tokens / times["other_here"]["wall_s"],
         "greedy_equal": all(same.values()),
         **same,
         "threads": cores,
         "rounds": rounds,
         "shape": f"{USERS} users x {SAMPLES} samples, prompt {prompts.ids_UP.shape[1]}, {CODES} codes of {CODEBOOK}",
     }
+
+
+if __name__ == "__main__":
+    answer_turns(*(int(word) for word in sys.argv[1:]))
