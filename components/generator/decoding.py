@@ -348,7 +348,7 @@ def blocks_of(lm: LlamaModel, *, tokens: int) -> list[Block]:
 
 def _packed(block: Block, shape: _Shape) -> llama_layer.Weights:
     parts = (*block.qkv, block.out, *block.gate_up, block.down)
-    return llama_layer.Weights.packed(*(cast(Weight, part)[0].t() for part in parts), head=shape.width)
+    return llama_layer.Weights.of(*(cast(Weight, part)[0].t() for part in parts), head=shape.width)
 
 
 def _is_bare(block: Block) -> bool:

@@ -79,10 +79,9 @@ class Weights(NamedTuple):
     down: Tensor
 
     @classmethod
-    def packed(cls, *matrices: Tensor, head: int) -> Weights:
+    def of(cls, *matrices: Tensor, head: int) -> Weights:
         """Of ``qkv [D, (H + 2 G) d]``, ``out [H d, D]``, ``gate_up [D, 2 F]`` (gate first) and ``down [F, D]``."""
-        panel = _functions(head).panel()
-        return cls(*(one.unflatten(1, (-1, panel)).transpose(0, 1).contiguous() for one in matrices))
+        return cls(*(packed(one, head=head) for one in matrices))
 
 
 class Steps:
@@ -176,6 +175,18 @@ def swiglu(joined_XW: Tensor, *, head: int, out: Tensor | None = None) -> Tensor
     up = ctypes.c_void_p(joined_XW.data_ptr() + 4 * width)
     _functions(head).swiglu(_at(joined_XW), up, ctypes.c_int64(2 * width), _at(out), *_sizes(out))
     return out
+
+
+def packed(weight: Tensor, *, head: int) -> Tensor:
+    """A matrix ``[in, out]`` as panels ``[panels, in, columns]``, as wide as a tile of a product on this processor."""
+    return weight.unflatten(1, (-1, _functions(head).panel())).transpose(0, 1).contiguous()
+
+
+def product(x_MI: Tensor, weight: Tensor, out_MO: Tensor, *, head: int) -> Tensor:
+    """``x`` times a :func:`packed` weight, on one thread."""
+    sizes = map(ctypes.c_int64, (*x_MI.shape, out_MO.shape[1]))
+    _functions(head).multiply(_at(x_MI), _at(weight), _at(out_MO), *sizes)
+    return out_MO
 
 
 class Norm(torch.autograd.Function):

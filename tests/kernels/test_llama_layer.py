@@ -43,7 +43,7 @@ def test_steps_are_layers(samples: int, heads: int, kv_heads: int, d: int) -> No
     cos, sin = angle_RTd.cos(), angle_RTd.sin()
     k, v = normal(random, layers, prompts, prompt, kv_heads, d), normal(random, layers, prompts, prompt, kv_heads, d)
     steps = llama_layer.Steps(
-        [llama_layer.Weights.packed(*(one.float() for one in layer), head=d) for layer in weights],
+        [llama_layer.Weights.of(*(one.float() for one in layer), head=d) for layer in weights],
         mask_NP,
         row_R,
         samples=samples,
@@ -70,6 +70,16 @@ def test_steps_are_layers(samples: int, heads: int, kv_heads: int, d: int) -> No
             gate, up = (unit(x) @ gate_up).chunk(2, -1)
             x = x + (F.silu(gate) * up) @ down
         torch.testing.assert_close(found.double(), x.flatten(0, 1), rtol=1e-4, atol=2e-5)
+
+
+@compiles
+@pytest.mark.parametrize("rows", [1, 7, 8, 21])
+def test_products(rows: int) -> None:
+    random = torch.Generator().manual_seed(rows)
+    x, weight = normal(random, rows, 48), normal(random, 48, 96)
+    packed = llama_layer.packed(weight.float(), head=16)
+    found = llama_layer.product(x.float(), packed, torch.empty(rows, 96), head=16)
+    torch.testing.assert_close(found.double(), x @ weight, rtol=1e-4, atol=1e-4)
 
 
 @compiles

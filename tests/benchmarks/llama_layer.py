@@ -1,0 +1,132 @@
+"""The compiled layers beside the same work with PyTorch's calls: products, decoding, a training pass.
+
+    python tests/benchmarks/llama_layer.py --json
+
+The demo's model: width 128, four layers, gate 384. *Products*: a packed weight against ``torch.mm`` on one thread, the
+least of many, since so short a time is only ever disturbed upwards. *Sampling* and *training*: median CPU time of the
+process over rounds that take turns, one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from couturier.kernels import dispatch, llama_layer  # noqa: E402
+from couturier.kernels.timing import interleaved_ms, provenance  # noqa: E402
+from tests.benchmarks.alignment_peers import grpo_step, sampling  # noqa: E402
+
+HEAD, WIDTH, GATE = 32, 128, 384
+PRODUCTS = ((64, WIDTH, 3 * WIDTH), (64, WIDTH, WIDTH), (64, WIDTH, 2 * GATE), (64, GATE, WIDTH))
+
+
+def with_pytorch(call: Callable[[], object]) -> Callable[[], object]:
+    """The same call with nothing compiled."""
+
+    def plain() -> object:
+        with dispatch.use("torch"):
+            return call()
+
+    return plain
+
+
+def least_us(call: Callable[[], object], rounds: int) -> float:
+    """The least wall microseconds of a call."""
+    least = float("inf")
+    for _ in range(rounds):
+        began = time.perf_counter()
+        call()
+        least = min(least, time.perf_counter() - began)
+    return 1e6 * least
+
+
+def products(rounds: int) -> dict[str, dict[str, float]]:
+    """GFLOP/s of both sides for each product of a layer."""
+    found = {}
+    for rows, width, columns in PRODUCTS:
+        x, weight = torch.randn(rows, width), torch.randn(width, columns)
+        packed, out = llama_layer.packed(weight, head=HEAD), torch.empty(rows, columns)
+        work = 2e-3 * rows * width * columns
+        ours = least_us(partial(llama_layer.product, x, packed, out, head=HEAD), rounds)
+        other = least_us(partial(torch.mm, x, weight, out=out), rounds)
+        found[f"{rows} x {width} x {columns}"] = {"packed": work / ours, "torch.mm": work / other}
+    return found
+
+
+def calls(folder: Path) -> dict[str, Callable[[], object]]:
+    """Sampling 8 pictures for each of 8 people, and a GRPO step's update, each compiled and not."""
+    generator, shown_UK, seeds = sampling.generator(0), sampling.histories(0), list(range(sampling.USERS))
+    side = grpo_step.Ours(folder, grpo_step.write_model(folder, 0), 0)
+    tokens = side.sample()
+
+    def draw(guidance: float) -> object:
+        return generator.sample(shown_UK, sampling.SAMPLES, seeds=seeds, guidance=guidance)
+
+    def update() -> object:
+        side.model.zero_grad(set_to_none=True)
+        side.log_prob(tokens).mean().backward()
+        return None
+
+    named = {"sampling, guidance 5": lambda: draw(5.0), "sampling": lambda: draw(1.0), "training pass": update}
+    both = {f"ours {name}": call for name, call in named.items()}
+    return both | {f"torch {name}": with_pytorch(call) for name, call in named.items()}
+
+
+def ratio(rounds: int = 9) -> dict[str, Any]:
+    """PyTorch over compiled for sampling under guidance: ``{ratio, ours, other, unit, …}``.
+
+    Raises:
+        RuntimeError: nothing can be compiled here.
+    """
+    if llama_layer.library(HEAD) is None:
+        raise RuntimeError("no C compiler here (cc or gcc): there is nothing to compare.")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            times = interleaved_ms(calls(Path(folder)), rounds=rounds)
+        made = products(40 * rounds)
+    finally:
+        torch.set_num_threads(threads)
+    names = [name.removeprefix("ours ") for name in times if name.startswith("ours ")]
+    return {
+        "ratio": times["torch sampling, guidance 5"] / times["ours sampling, guidance 5"],
+        "ours": times["ours sampling, guidance 5"],
+        "other": times["torch sampling, guidance 5"],
+        "unit": "CPU ms",
+        "ratios": {name: times[f"torch {name}"] / times[f"ours {name}"] for name in names},
+        "times_ms": times,
+        "gflops": made,
+    }
+
+
+def main() -> None:
+    """Print a table, or one JSON object."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    given = parser.parse_args()
+    found = ratio(given.rounds) | provenance()
+    if given.json:
+        sys.stdout.write(json.dumps(found) + "\n")
+        return
+    for name, times in found["ratios"].items():
+        sys.stdout.write(f"{name}: {times:.2f} times\n")
+    for shape, both in found["gflops"].items():
+        sys.stdout.write(f"{shape}: {both['packed']:.0f} against {both['torch.mm']:.0f} GFLOP/s\n")
+
+
+if __name__ == "__main__":
+    main()
