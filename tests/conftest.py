@@ -21,15 +21,18 @@ for name in ("COUTURIER_PROJECT", "COUTURIER_WORKSPACE", "COUTURIER_MLFLOW_URI",
     os.environ.pop(name, None)
 
 
-# Rooms whose tests share fixtures that are costly to make: each of them is one worker's.
-TOGETHER = ("alignment", "evaluation", "interest", "lineage", "serving")
+# Rooms with the longest files. A file is one worker's, so that what its tests share is made once (--dist loadfile).
+LONG = ("flows", "kernels", "alignment")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests go to the same worker: a room's where they share what they make, else a file's."""
-    for item in items:
-        room, name = item.path.relative_to(Path(__file__).parent).parts[0], item.path.stem
-        item.add_marker(pytest.mark.xdist_group(room if room in TOGETHER else f"{room}/{name}"))
+    """The longest first, so that no worker is left alone with one of them at the end."""
+
+    def rank(item: pytest.Item) -> int:
+        room = item.path.relative_to(Path(__file__).parent).parts[0]
+        return LONG.index(room) if room in LONG else len(LONG)
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(scope="session", autouse=True)
