@@ -24,14 +24,10 @@ from transformers import LlamaModel
 
 from couturier.components.shares import how_many, shared_out
 from couturier.components.together import world
-from couturier.kernels import llama_layer
 from couturier.kernels.shared_prefix import packed_attention
 
 if TYPE_CHECKING:
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
-
-# Numbers that go through layers from which on a pass is worth asking a compiler, once a process.
-_COMPILE_FROM = 1 << 18
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 
 def packed_hidden(
@@ -113,10 +109,10 @@ def _plain_layers(lm: LlamaModel, n: int, x_UTD: Tensor, mask_UP: Tensor, positi
     # Half-split rotation needs the swapped first half with a minus; here the minus is in the sine.
     signed_UTd = torch.cat([-sin_UTd[..., :half], sin_UTd[..., half:]], -1)
     cos, sin, d = cos_UTd[:, :, None], signed_UTd[:, :, None], 2 * half
-    last, fused = len(lm.layers) - 1, _is_fused(lm, x_UTD, d)
+    last = len(lm.layers) - 1
     for i, layer in enumerate(cast("Iterable[LlamaDecoderLayer]", lm.layers)):
         attention, mlp = layer.self_attn, layer.mlp
-        y_UTD = _normed(x_UTD, layer.input_layernorm, d if fused else 0)
+        y_UTD = rms_norm(x_UTD, layer.input_layernorm.weight, layer.input_layernorm.variance_epsilon)
         q, k, v = (
             part(y_UTD).unflatten(-1, (-1, d)) for part in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
@@ -126,24 +122,9 @@ def _plain_layers(lm: LlamaModel, n: int, x_UTD: Tensor, mask_UP: Tensor, positi
             q, x_UTD = q[:, skip:], x_UTD[:, skip:]
         mixed_UQHd = packed_attention(q, k, v, mask_UP, samples=n)
         x_UTD = _plus(x_UTD, mixed_UQHd.flatten(2), attention.o_proj)
-        y_UTD = _normed(x_UTD, layer.post_attention_layernorm, d if fused else 0)
-        gate, up = mlp.gate_proj(y_UTD), mlp.up_proj(y_UTD)
-        x_UTD = _plus(x_UTD, llama_layer.Swiglu.apply(gate, up, d) if fused else mlp.act_fn(gate) * up, mlp.down_proj)
-    return _normed(x_UTD, lm.norm, d if fused else 0)
-
-
-def _is_fused(lm: LlamaModel, x_UTD: Tensor, head: int) -> bool:
-    """Whether the passes between products run compiled: for work that is worth asking a compiler, once a process."""
-    widths = int(lm.config.hidden_size), 2 * int(lm.config.intermediate_size)
-    if x_UTD.numel() * len(lm.layers) < _COMPILE_FROM or lm.config.hidden_act not in ("silu", "swish"):
-        return False
-    return llama_layer.covers(*widths, head=head, like=x_UTD)
-
-
-def _normed(x_UTD: Tensor, norm: LlamaRMSNorm, head: int) -> Tensor:
-    if head:
-        return cast(Tensor, llama_layer.Norm.apply(x_UTD, norm.weight, norm.variance_epsilon, head))
-    return rms_norm(x_UTD, norm.weight, norm.variance_epsilon)
+        y_UTD = rms_norm(x_UTD, layer.post_attention_layernorm.weight, layer.post_attention_layernorm.variance_epsilon)
+        x_UTD = _plus(x_UTD, mlp.act_fn(mlp.gate_proj(y_UTD)) * mlp.up_proj(y_UTD), mlp.down_proj)
+    return rms_norm(x_UTD, lm.norm.weight, lm.norm.variance_epsilon)
 
 
 def _plus(x_UTD: Tensor, y_UTX: Tensor, part: nn.Module) -> Tensor:

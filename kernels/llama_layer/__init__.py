@@ -1,4 +1,4 @@
-"""Decoder layers of Llama's form, compiled for this processor: a whole decoding step, and passes for training.
+"""Decoder layers of Llama's form, compiled for this processor: a whole decoding step in one call.
 
 A decoding step of a small model is products of a few tens of microseconds with five times as many small calls between
 them: norms, rotations, writing keys, attention over a prompt and a few tokens, the gate. Together those take as long as
@@ -9,9 +9,9 @@ these sizes is a fifth faster than the library's.
     x ─▶ norm ─▶ product ─▶ turn, keep, attend ─▶ x + product ─▶ norm ─▶ product ─▶ gate ─▶ x + product ─▶ next layer
 
 Samples of one prompt share its keys and values; each has its own behind them, stored so that sixteen keys are met at a
-time, and meets no key of its mates. :class:`Norm` and :class:`Swiglu` are two of the passes with gradients, for
-training. Where there is no compiler, and on any other device, the callers do the same with PyTorch's calls;
-``COUTURIER_KERNELS=torch`` forces that. Cost of a step: O(M L (4 D^2 + 3 D F + (P + T) H d)) multiply-adds.
+time, and meets no key of its mates. Where there is no compiler, and on any other device, the caller does the same with
+PyTorch's calls; ``COUTURIER_KERNELS=torch`` forces that. Cost of a step: O(M L (4 D^2 + 3 D F + (P + T) H d))
+multiply-adds.
 
 Legend: N prompts, P prompt tokens, R rows (a prompt with some of its samples), n samples a row, M = R n, T tokens a
 sample can have, L layers, H heads, G key/value heads, d width of a head, D width, F width of the gate.
@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from couturier.kernels import compiled, dispatch
 
@@ -164,7 +163,7 @@ class Steps:
 def norm(x_XD: Tensor, eps: float, *, head: int, out: Tensor | None = None) -> Tensor:
     """``x / sqrt(mean(x^2) + eps)``, row by row; rows lie one after another. ``head`` as for :func:`library`."""
     out = torch.empty_like(x_XD) if out is None else out
-    _functions(head).norm(_at(x_XD), None, _at(out), *_sizes(x_XD), ctypes.c_float(eps))
+    _functions(head).norm(_at(x_XD), _at(out), *_sizes(x_XD), ctypes.c_float(eps))
     return out
 
 
@@ -172,8 +171,7 @@ def swiglu(joined_XW: Tensor, *, head: int, out: Tensor | None = None) -> Tensor
     """``silu(gate) up``, where a row is gate, then up; half as wide. ``head`` as for :func:`library`."""
     width = joined_XW.shape[-1] // 2
     out = joined_XW.new_empty(*joined_XW.shape[:-1], width) if out is None else out
-    up = ctypes.c_void_p(joined_XW.data_ptr() + 4 * width)
-    _functions(head).swiglu(_at(joined_XW), up, ctypes.c_int64(2 * width), _at(out), *_sizes(out))
+    _functions(head).swiglu(_at(joined_XW), _at(out), *_sizes(out))
     return out
 
 
@@ -187,54 +185,6 @@ def product(x_MI: Tensor, weight: Tensor, out_MO: Tensor, *, head: int) -> Tenso
     sizes = map(ctypes.c_int64, (*x_MI.shape, out_MO.shape[1]))
     _functions(head).multiply(_at(x_MI), _at(weight), _at(out_MO), *sizes)
     return out_MO
-
-
-class Norm(torch.autograd.Function):
-    """``apply(x [X, D], weight [D], eps, head)``: the root-mean-square norm times a weight, with gradients. Keeps only
-    ``x``."""
-
-    @staticmethod
-    def forward(ctx: Any, x_XD: Tensor, weight_D: Tensor, eps: float, head: int) -> Tensor:
-        x_XD, weight_D = x_XD.contiguous(), weight_D.contiguous()
-        out = torch.empty_like(x_XD)
-        _functions(head).norm(_at(x_XD), _at(weight_D), _at(out), *_sizes(x_XD), ctypes.c_float(eps))
-        ctx.save_for_backward(x_XD, weight_D)
-        ctx.eps, ctx.head = eps, head
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_XD: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (x, weight), grad = ctx.saved_tensors, grad_XD.contiguous()
-        d_x, d_weight = torch.empty_like(x), torch.empty_like(weight)
-        _functions(ctx.head).norm_back(
-            _at(x), _at(weight), _at(grad), _at(d_x), _at(d_weight), *_sizes(x), ctypes.c_float(ctx.eps)
-        )
-        return d_x, d_weight, None, None
-
-
-class Swiglu(torch.autograd.Function):
-    """``apply(gate [X, W], up [X, W], head)``: ``silu(gate) up``, with gradients. Keeps only its inputs."""
-
-    @staticmethod
-    def forward(ctx: Any, gate_XW: Tensor, up_XW: Tensor, head: int) -> Tensor:
-        gate_XW, up_XW = gate_XW.contiguous(), up_XW.contiguous()
-        out = torch.empty_like(gate_XW)
-        rows, width = _sizes(gate_XW)
-        _functions(head).swiglu(_at(gate_XW), _at(up_XW), width, _at(out), rows, width)
-        ctx.save_for_backward(gate_XW, up_XW)
-        ctx.head = head
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_XW: Tensor) -> tuple[Tensor, Tensor, None]:
-        (gate, up), grad = ctx.saved_tensors, grad_XW.contiguous()
-        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-        _functions(ctx.head).swiglu_back(
-            _at(gate), _at(up), _at(grad), _at(d_gate), _at(d_up), ctypes.c_int64(gate.numel())
-        )
-        return d_gate, d_up, None
 
 
 def _sizes(rows_XD: Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64]:

@@ -1,4 +1,4 @@
-/* Decoder layers of Llama's form, for float32 on a CPU: a whole decoding step, and passes with gradients for training.
+/* A decoding step through all layers of a model of Llama's form, for float32 on a CPU.
  *
  * Built on demand for one width W of a head (a multiple of 16). Widths of rows are multiples of 16.
  * Rotations are those of halves: numbers i and i + W / 2 of a head turn together.
@@ -53,56 +53,23 @@ void multiply(const float *x, const float *w, float *out, int64_t rows, int64_t 
     product(x, w, out, rows, in, columns, 0);
 }
 
-/* out = x / sqrt(mean(x^2) + eps) w, a row; w is 1 where it is not given. */
-void norm(const float *x, const float *w, float *out, int64_t rows, int64_t width, float eps) {
+/* out = x / sqrt(mean(x^2) + eps), a row. */
+void norm(const float *x, float *out, int64_t rows, int64_t width, float eps) {
     for (int64_t row = 0; row < rows; row++) {
         const float *from = x + row * width;
-        float *to = out + row * width;
         v16 sum = ALL(0.0f);
         for (int64_t j = 0; j < width; j += 16) sum += AT(from + j) * AT(from + j);
         const float rate = 1.0f / sqrtf(total(sum) / width + eps);
-        if (w)
-            for (int64_t j = 0; j < width; j += 16) AT(to + j) = AT(from + j) * rate * AT(w + j);
-        else
-            for (int64_t j = 0; j < width; j += 16) AT(to + j) = AT(from + j) * rate;
+        for (int64_t j = 0; j < width; j += 16) AT(out + row * width + j) = AT(from + j) * rate;
     }
 }
 
-/* Its gradients: dx [rows, width], and dw [width], which is overwritten. */
-void norm_back(const float *x, const float *w, const float *grad, float *dx, float *dw, int64_t rows, int64_t width,
-               float eps) {
-    memset(dw, 0, width * sizeof(float));
+/* out = silu(gate) up, where a row of joined is gate, then up. */
+void swiglu(const float *joined, float *out, int64_t rows, int64_t width) {
     for (int64_t row = 0; row < rows; row++) {
-        const float *from = x + row * width, *g = grad + row * width;
-        v16 squares = ALL(0.0f), along = ALL(0.0f);
-        for (int64_t j = 0; j < width; j += 16) {
-            squares += AT(from + j) * AT(from + j);
-            along += AT(from + j) * AT(g + j) * AT(w + j);
-        }
-        const float rate = 1.0f / sqrtf(total(squares) / width + eps);
-        const float back = total(along) * rate * rate / width;
-        for (int64_t j = 0; j < width; j += 16) {
-            AT(dx + row * width + j) = rate * (AT(g + j) * AT(w + j) - back * AT(from + j));
-            AT(dw + j) += AT(g + j) * AT(from + j) * rate;
-        }
-    }
-}
-
-/* out = silu(gate) up; a row of gate and one of up begin every so many numbers. */
-void swiglu(const float *gate, const float *up, int64_t stride, float *out, int64_t rows, int64_t width) {
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t j = 0; j < width; j += 16) {
-            const v16 g = AT(gate + row * stride + j);
-            AT(out + row * width + j) = g * sigmoid(g) * AT(up + row * stride + j);
-        }
-}
-
-/* Its gradients; rows lie one after another. */
-void swiglu_back(const float *gate, const float *up, const float *grad, float *d_gate, float *d_up, int64_t count) {
-    for (int64_t j = 0; j < count; j += 16) {
-        const v16 g = AT(gate + j), p = sigmoid(g), d = AT(grad + j);
-        AT(d_up + j) = d * g * p;
-        AT(d_gate + j) = d * AT(up + j) * p * (1.0f + g * (1.0f - p));
+        const float *gate = joined + 2 * row * width, *up = gate + width;
+        for (int64_t j = 0; j < width; j += 16)
+            AT(out + row * width + j) = AT(gate + j) * sigmoid(AT(gate + j)) * AT(up + j);
     }
 }
 
@@ -239,13 +206,13 @@ void step(const Rows *r, const Layer *layers, int64_t count, int64_t width, int6
         float *own = x + first * width, *own_normed = normed + first * width, *own_gated = gated + first * wide;
         float *own_both = both + first * 2 * wide;
         for (const Layer *layer = layers; layer < layers + count; layer++) {
-            norm(own, 0, own_normed, rows, width, eps);
+            norm(own, own_normed, rows, width, eps);
             product(own_normed, layer->qkv, qkv + first * joined, rows, width, joined, 0);
             attend(r, begin, end, qkv, layer->prompt_k, layer->prompt_v, layer->own_k, layer->own_v, t, mixed);
             product(mixed + first * heads, layer->out, own, rows, heads, width, 1);
-            norm(own, 0, own_normed, rows, width, eps);
+            norm(own, own_normed, rows, width, eps);
             product(own_normed, layer->gate_up, own_both, rows, width, 2 * wide, 0);
-            swiglu(own_both, own_both + wide, 2 * wide, own_gated, rows, wide);
+            swiglu(own_both, own_gated, rows, wide);
             product(own_gated, layer->down, own, rows, wide, width, 1);
         }
     }

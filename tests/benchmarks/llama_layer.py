@@ -1,10 +1,10 @@
-"""The compiled layers beside the same work with PyTorch's calls: products, decoding, a training pass.
+"""The compiled layers beside the same work with PyTorch's calls: products, and a batch of samples.
 
     python tests/benchmarks/llama_layer.py --json
 
 The demo's model: width 128, four layers, gate 384. *Products*: a packed weight against ``torch.mm`` on one thread, the
-least of many, since so short a time is only ever disturbed upwards. *Sampling* and *training*: median CPU time of the
-process over rounds that take turns, one thread.
+least of many, since so short a time is only ever disturbed upwards. *Sampling*: median CPU time of the process over
+rounds that take turns, one thread.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +25,7 @@ import torch  # noqa: E402
 
 from couturier.kernels import dispatch, llama_layer  # noqa: E402
 from couturier.kernels.timing import interleaved_ms, provenance  # noqa: E402
-from tests.benchmarks.alignment_peers import grpo_step, sampling  # noqa: E402
+from tests.benchmarks.alignment_peers import sampling  # noqa: E402
 
 HEAD, WIDTH, GATE = 32, 128, 384
 PRODUCTS = ((64, WIDTH, 3 * WIDTH), (64, WIDTH, WIDTH), (64, WIDTH, 2 * GATE), (64, GATE, WIDTH))
@@ -65,21 +64,14 @@ def products(rounds: int) -> dict[str, dict[str, float]]:
     return found
 
 
-def calls(folder: Path) -> dict[str, Callable[[], object]]:
-    """Sampling 8 pictures for each of 8 people, and a GRPO step's update, each compiled and not."""
+def calls() -> dict[str, Callable[[], object]]:
+    """Sampling 8 pictures for each of 8 people, compiled and not."""
     generator, shown_UK, seeds = sampling.generator(0), sampling.histories(0), list(range(sampling.USERS))
-    side = grpo_step.Ours(folder, grpo_step.write_model(folder, 0), 0)
-    tokens = side.sample()
 
     def draw(guidance: float) -> object:
         return generator.sample(shown_UK, sampling.SAMPLES, seeds=seeds, guidance=guidance)
 
-    def update() -> object:
-        side.model.zero_grad(set_to_none=True)
-        side.log_prob(tokens).mean().backward()
-        return None
-
-    named = {"sampling, guidance 5": lambda: draw(5.0), "sampling": lambda: draw(1.0), "training pass": update}
+    named = {"sampling, guidance 5": partial(draw, 5.0), "sampling": partial(draw, 1.0)}
     both = {f"ours {name}": call for name, call in named.items()}
     return both | {f"torch {name}": with_pytorch(call) for name, call in named.items()}
 
@@ -95,8 +87,7 @@ def ratio(rounds: int = 9) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            times = interleaved_ms(calls(Path(folder)), rounds=rounds)
+        times = interleaved_ms(calls(), rounds=rounds)
         made = products(40 * rounds)
     finally:
         torch.set_num_threads(threads)

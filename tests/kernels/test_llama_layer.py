@@ -83,21 +83,13 @@ def test_products(rows: int) -> None:
 
 
 @compiles
-def test_norm_and_gate_and_all_their_gradients() -> None:
+def test_norm_and_gate() -> None:
     random = torch.Generator().manual_seed(0)
-    x, weight = normal(random, 3, 7, 64).requires_grad_(), normal(random, 64).requires_grad_()
-    gate, up = normal(random, 5, 96, scale=4.0).requires_grad_(), normal(random, 5, 96).requires_grad_()
-    floats = [one.detach().float().requires_grad_() for one in (x, weight, gate, up)]
-    pairs = [
-        (unit(x) * weight, llama_layer.Norm.apply(*floats[:2], EPS, 16), (x, weight), floats[:2]),
-        (F.silu(gate) * up, llama_layer.Swiglu.apply(*floats[2:], 16), (gate, up), floats[2:]),
-    ]
-    for wanted, found, leaves, own in pairs:
-        pull = normal(random, *wanted.shape)
-        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
-        expected = torch.autograd.grad((wanted * pull).sum(), leaves)
-        for one, two in zip(torch.autograd.grad((found * pull.float()).sum(), own), expected, strict=True):
-            torch.testing.assert_close(one.double(), two, rtol=1e-4, atol=1e-5)
+    x, gate, up = normal(random, 3, 7, 64), normal(random, 5, 96, scale=4.0), normal(random, 5, 96)
+    found = llama_layer.norm(x.float(), EPS, head=16)
+    torch.testing.assert_close(found.double(), unit(x), rtol=1e-5, atol=1e-6)
+    found = llama_layer.swiglu(torch.cat([gate, up], -1).float(), head=16)
+    torch.testing.assert_close(found.double(), F.silu(gate) * up, rtol=1e-5, atol=1e-5)
 
 
 @compiles
