@@ -11,9 +11,12 @@ Letters: N rows, I catalogue items, P picture width, W word width, E identity wi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from couturier.components.errors import ConfigError, DataError
 from couturier.components.interest.encoder import TileEncoder, embedded
@@ -78,6 +81,7 @@ class ItemFeatures(nn.Module):
         self.word_ids: Tensor
         self.word_offsets: Tensor
         self.gate_I: Tensor
+        self._kept: tuple[int, tuple[Tensor, Tensor]] | None = None
         self.register_buffer("pictures_IP", content.pictures_IP)
         self.register_buffer("word_ids", content.word_ids)
         self.register_buffer("word_offsets", content.word_offsets)
@@ -139,12 +143,20 @@ class ItemFeatures(nn.Module):
         if word_ids.is_cuda:
             bagged: Tensor = self.word_bag(word_ids, word_offsets[:-1])
             return bagged
-        # On a CPU the gradient of a bag sorts its words anew in every step, which costs more than all else here.
-        counts_N = word_offsets.diff()
-        owner_K = torch.repeat_interleave(torch.arange(len(counts_N)), counts_N)
-        sums_NW = self.word_bag.weight.new_zeros(len(counts_N), self.config.words)
-        sums_NW = sums_NW.index_add(0, owner_K, self.word_bag.weight.index_select(0, word_ids))
-        return sums_NW / counts_N.clamp_min(1)[:, None]
+        turned = self._turned() if word_ids is self.word_ids else turned_bags(word_ids, word_offsets, self._vocabulary)
+        found: Tensor = _Bags.apply(self.word_bag.weight, word_ids, word_offsets, *turned)
+        return found
+
+    def _turned(self) -> tuple[Tensor, Tensor]:
+        """The catalogue's bags of each word, made anew where a checkpoint has changed its words."""
+        version = self.word_ids._version + self.word_offsets._version
+        if self._kept is None or self._kept[0] != version:
+            self._kept = (version, turned_bags(self.word_ids, self.word_offsets, self._vocabulary))
+        return self._kept[1]
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.word_bag.num_embeddings)
 
     def embed_items(self, *, words: bool = True) -> Tensor:
         """The catalogue -> features ``[I, D]``; ``words=False`` shows it as drawn pictures, no words or identity."""
@@ -158,3 +170,35 @@ class ItemFeatures(nn.Module):
             gate_I1 = self.gate_I[:, None]
             parts += [self.identity.weight * gate_I1, (gate_I1 > 0).float()]
         return torch.cat(parts, dim=-1)
+
+
+class _Bags(torch.autograd.Function):
+    """Means of rows over jagged bags on a CPU. PyTorch's own gradient of a bag sorts its words anew in every step, and
+    adding rows one by one takes one core; here both ways are sums over bags."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight_VW: Tensor, word_ids: Tensor, offsets: Tensor, bags_K: Tensor, begins: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(offsets, bags_K, begins)
+        return F.embedding_bag(word_ids, weight_VW, offsets, mode="mean", include_last_offset=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NW: Tensor) -> tuple[Tensor | None, ...]:
+        offsets, bags_K, begins = ctx.saved_tensors
+        share_NW = grad_NW / offsets.diff().clamp_min(1)[:, None]
+        grad_VW = F.embedding_bag(bags_K, share_NW, begins, mode="sum", include_last_offset=True)
+        return grad_VW, None, None, None, None
+
+
+def turned_bags(word_ids: Tensor, offsets: Tensor, words: int) -> tuple[Tensor, Tensor]:
+    """For each of V words the bags it is in, one word after another, and where they begin ``[V + 1]``.
+
+    Example:
+        >>> turned_bags(torch.tensor([0, 2, 2]), torch.tensor([0, 2, 3]), 3)
+        (tensor([0, 0, 1]), tensor([0, 1, 1, 3]))
+    """
+    owner_K = torch.repeat_interleave(torch.arange(len(offsets) - 1), offsets.diff())
+    counts_V = torch.bincount(word_ids, minlength=words)
+    return owner_K[word_ids.argsort(stable=True)], torch.cat([counts_V.new_zeros(1), counts_V.cumsum(0)])
