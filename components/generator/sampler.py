@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from couturier.components.errors import ConfigError
-from couturier.components.generator.decoding import Block, Decoder, Decoding, Prefix, blocks_of
+from couturier.components.generator.blocks import Block, blocks_of
+from couturier.components.generator.decoding import Decoder, Decoding, Prefix
 from couturier.components.generator.prompt import Prompts
 from couturier.components.shares import how_many, side_by_side, small_work
 

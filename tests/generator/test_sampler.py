@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from couturier.components.errors import ConfigError
-from couturier.components.generator import decoding, sampler
-from couturier.components.generator.decoding import Decoding, _Turn
+from couturier.components.generator import blocks, sampler
+from couturier.components.generator.blocks import Turn
+from couturier.components.generator.decoding import Decoding
 from couturier.components.generator.janus import JanusGenerator
 from couturier.components.generator.sampler import _distinct, _Points
 from couturier.components.runtime import threads
@@ -176,7 +177,7 @@ def test_users_shared_out_to_cores_get_the_same_pictures(
 def test_steps_in_one_call_draw_the_same_pictures(
     generator: JanusGenerator, histories: np.ndarray, guidance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoding, "_COMPILE_FROM", 0)
+    monkeypatch.setattr(blocks, "_COMPILE_FROM", 0)
     steps: list[int] = []
     step = llama_layer.Steps.step
 
@@ -223,7 +224,7 @@ def test_steps_of_one_shape_draw_the_same_codes(
     plain = generator.sample(histories, 3, seeds=[1, 2, 3], guidance=2.0)
     calls: list[int] = []
 
-    def one_shape(self: Decoding, x_MD: Tensor, turn: _Turn, first: int, end: int) -> Tensor:
+    def one_shape(self: Decoding, x_MD: Tensor, turn: Turn, first: int, end: int) -> Tensor:
         if not calls:  # as they are where every slot is looked at
             self.cache.k_lUGSd[:, :, :, first:], self.cache.v_lUGSd[:, :, :, first:] = 0, 0
         calls.append(end)
