@@ -47,7 +47,7 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         return set(archive.namelist())
 
 
-@pytest.mark.parametrize("suffix", [".py", ".csv", ".html", ".css", ".js"])
+@pytest.mark.parametrize("suffix", [".py", ".c", ".h", ".csv", ".html", ".css", ".js"])
 def test_a_wheel_holds_every_file_of_ours(wheel_names: set[str], suffix: str) -> None:
     in_wheel = {name.removeprefix("couturier/") for name in wheel_names if name.endswith(suffix)}
     assert own_files(suffix) <= in_wheel

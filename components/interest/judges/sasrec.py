@@ -33,9 +33,9 @@ from couturier.components.errors import ConfigError, DataError
 from couturier.components.interest.base import ContentJudge, JudgeConfig, ranking_loss
 from couturier.components.interest.items import Content, FeatureConfig
 from couturier.components.interest.layers import Drop, RowDropout, centre_inputs, keep_all
-from couturier.components.interest.softmax import softmax_in_pieces
 from couturier.components.interest.types import HistoryBatch, TrainBatch
 from couturier.components.shares import how_many, summed
+from couturier.kernels.catalogue_softmax import cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,4 +359,4 @@ def next_softmax(next_: _Next, items_SW: Tensor, bias_S: Tensor, pool_S: Tensor 
         pool_S: which catalogue items they are; None for the whole catalogue in its order.
     """
     own_K = (next_.states_KW * next_.own_KW).sum(-1)
-    return softmax_in_pieces(next_.states_KW, own_K, items_SW, bias_S, pool_S, next_.items_K, next_.share_K)
+    return cross_entropy(next_.states_KW, own_K, items_SW, bias_S, pool_S, next_.items_K, next_.share_K)

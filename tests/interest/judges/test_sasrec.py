@@ -161,10 +161,10 @@ def rows_of_loss(seed: int, dtype: torch.dtype = torch.float32, *, scale: float 
 
 
 @pytest.mark.parametrize("scale", [1.0, 100.0])  # the larger one's exponentials overflow
-def test_the_softmax_in_pieces_is_cross_entropy_with_all_its_gradients(
+def test_the_loss_of_what_came_next_is_cross_entropy_with_all_its_gradients(
     monkeypatch: pytest.MonkeyPatch, scale: float
 ) -> None:
-    monkeypatch.setattr("couturier.components.interest.softmax._PIECE", 7 * ITEMS)
+    monkeypatch.setattr("couturier.kernels.catalogue_softmax.torch_impl._PIECE", 7 * ITEMS)
     next_, items_IW = rows_of_loss(0, scale=scale)
     found = next_softmax(next_, items_IW, torch.zeros(ITEMS), None)
     wanted = (F.cross_entropy(next_.states_KW @ items_IW.T, next_.items_K, reduction="none") * next_.share_K).sum()
