@@ -171,8 +171,9 @@ def report(result: dict[str, Any], folder: Path) -> None:
         "# Cost and memory of a fit over a growing log",
         "",
         f"{result['source']}; judge `{result['judge']}`, one epoch, batch 64, history 50, one thread. "
-        f"{result['date']}, {result['machine']}, commit {result['commit'][:12]}. CPU seconds (the least of "
-        f"{result['turns']} turns) and peak memory of a process of its own (the imports alone: {result['idle_mb']:.0f} MB). "
+        f"{result['date']}, {result['machine']}, commit {result['commit'][:12]}. CPU seconds (the "
+        f"least of {result['turns']} turns) and peak memory of a process of its own (the imports alone: "
+        f"{result['idle_mb']:.0f} MB). "
         f"Ratios are of the fit less the {result['start_cpu_s']:.2f} s that a fit of one step takes to start up.",
         "",
         "| events | write the log, s | peak, MB | fit, s | per doubling | peak, MB |",
