@@ -33,6 +33,7 @@ from couturier.components.interest.items import Content, FeatureConfig
 from couturier.components.interest.layers import centre_inputs
 from couturier.components.interest.types import HistoryBatch, TrainBatch
 from couturier.components.together import mean_over
+from couturier.kernels.catalogue_softmax import cross_entropy
 
 _SMALL = 0.02  # of a place's vector and a stranger's state at the start
 
@@ -198,7 +199,8 @@ class MqsaTedJudge(ContentJudge):
         pool_SW = self.tower(catalogue_ID if pool_S is None else catalogue_ID[pool_S])
         states_UTW = self._states(history, self.tower(history.features_ND), drop)
         last_UW = self._last(history, states_UTW)
-        next_ = self._next_loss(batch, history, self._rows(history, states_UTW, last_UW, batch), pool_S, pool_SW)
+        rows_KW = self._rows(history, states_UTW, last_UW, batch)
+        next_ = self._next_loss(batch, history, rows_KW, catalogue_ID, pool_S, pool_SW)
         loss, parts = next_, {"next": next_.detach()}
         if self.config.distillation:
             taught = self._distilled(history.items_N, catalogue_ID, pool_S, pool_SW, drop)
@@ -216,7 +218,13 @@ class MqsaTedJudge(ContentJudge):
         return torch.cat([before_UTW[history.real_UT()], last_UW.repeat_interleave(batch.positives, 0)])
 
     def _next_loss(
-        self, batch: TrainBatch, history: HistoryBatch, states_KW: Tensor, pool_S: Tensor | None, pool_SW: Tensor
+        self,
+        batch: TrainBatch,
+        history: HistoryBatch,
+        states_KW: Tensor,
+        catalogue_ID: Tensor,
+        pool_S: Tensor | None,
+        pool_SW: Tensor,
     ) -> Tensor:
         """Mean over places of the cross-entropy of what came next; a basket's items share one place."""
         taken_UP = batch.items_UC[:, : batch.positives]
@@ -224,16 +232,13 @@ class MqsaTedJudge(ContentJudge):
         items_K = torch.cat([history.items_N, taken_UP.flatten()])
         one_N = states_KW.new_ones(len(history.items_N))
         share_K = torch.cat([one_N, states_KW.new_full((taken_UP.numel(),), 1 / batch.positives)]) * (items_K >= 0)
-        logits_KS = states_KW @ pool_SW.T
-        if pool_S is None:
-            found_K = F.cross_entropy(logits_KS, items_K.clamp_min(0), reduction="none")
-        else:
-            own_KW = self.tower(self.embed_items()[items_K.clamp_min(0)])
-            log_q_S = 0.0 if batch.pool_log_q_S is None else batch.pool_log_q_S
-            others_KS = (logits_KS - log_q_S).masked_fill(pool_S == items_K[:, None], -torch.inf)
-            own_K1 = (states_KW * own_KW).sum(-1, keepdim=True)
-            found_K = torch.cat([own_K1, others_KS], dim=1).logsumexp(1) - own_K1[:, 0]
-        return mean_over((found_K * share_K).sum(), share_K.sum())
+        items_K = items_K.clamp_min(0)
+        own_KW = pool_SW.index_select(0, items_K) if pool_S is None else self.tower(catalogue_ID[items_K])
+        own_K = (states_KW * own_KW).sum(-1)
+        log_q_S = None if pool_S is None else batch.pool_log_q_S
+        bias_S = pool_SW.new_zeros(len(pool_SW)) if log_q_S is None else -log_q_S
+        total = cross_entropy(states_KW, own_K, pool_SW, bias_S, pool_S, items_K, share_K)
+        return mean_over(total, share_K.sum())
 
     def _distilled(
         self, items_N: Tensor, catalogue_ID: Tensor, pool_S: Tensor | None, pool_SW: Tensor, drop: _Drop
