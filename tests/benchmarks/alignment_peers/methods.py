@@ -6,7 +6,8 @@
 The stages are the ones that ``couturier retrain`` runs, and what they make stays in the workspace: a comparison that
 was killed goes on, and one method more costs that method only. ``base`` is the model before fine-tuning; ``sft``,
 ``best_of_n`` and ``sft_guided`` are rows of every evaluation, as the controls are. Equal compute is a matter of the
-settings: ``--set METHOD:name=value``, with the seconds each method took in the table.
+settings: ``--set METHOD:name=value``, with the seconds each method took in the table. A method of another family of
+generators has a fine-tuned model of its own, made here from the same sequences and codes; it is compared with that one.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ VARIANTS = {
     "grpo_random_credit": ("grpo", ("rl.grpo.credit.kind=random",)),
 }
 """Rows that are a method with one option turned: its name and settings."""
+FAMILIES = {"ppd": ("sft.generator.family=diffusion", "sft.lr=2e-3")}
+"""Methods of another family than the workspace's: how it is fine-tuned."""
 SHARED_ROWS = ("sft", "sft_guided", "best_of_n", "popularity", "copy_favourites", "nearest_item", "oracle")
 FINE_TUNED_ROWS = ("sft", "sft_wrong_user", "unconditional", "sft_guided", "best_of_n")
 """What an evaluation draws from the model before alignment: the same for every method."""
@@ -103,8 +106,8 @@ def compare(asked: Asked, say: Callable[[str], None]) -> dict[str, Any]:
         for row in AGAINST:
             against.setdefault((method, row), []).append(found.filter(pl.col("row") == row))
         seconds.setdefault(method, []).append(float(store.manifest(made.id)["seconds"]))
-        for row in SHARED_ROWS:
-            frames.setdefault(row, []).append(found.filter(pl.col("row") == row))
+        for row in ("sft",) if method in FAMILIES else SHARED_ROWS:
+            frames.setdefault(own_row(row, method), []).append(found.filter(pl.col("row") == row))
         say(f"{method}, seed {seed}: {seconds[method][-1]:.0f} s")
     people = {row: by_person(parts) for row, parts in frames.items()}
     return {
@@ -112,9 +115,9 @@ def compare(asked: Asked, say: Callable[[str], None]) -> dict[str, Any]:
             row: {metric: interval(of, metric) for metric in METRICS if metric in of} for row, of in people.items()
         },
         "minus_sft": {
-            row: {metric: difference(of, people["sft"], metric) for metric in METRICS if metric in of}
+            row: {metric: difference(of, people[own_row("sft", row)], metric) for metric in METRICS if metric in of}
             for row, of in people.items()
-            if row != "sft"
+            if row.partition(" of ")[0] != "sft"
         },
         "against": {
             method: {row: difference(people[method], by_person(against[method, row]), PRECISION) for row in AGAINST}
@@ -158,12 +161,26 @@ def run(
         untrained = dataclasses.replace(plan.sft, grounding_steps=0, steps=0)
         made = store.materialise(Stage(name="sft", run=sft.run, config=untrained, inputs=without_sft))
     else:
+        if of in FAMILIES:
+            other = recipes.named(asked.recipe, [*given, *FAMILIES[of]]).sft
+            fine_tuned = store.materialise(Stage(name="sft", run=sft.run, config=other, inputs=without_sft))
+            inputs = inputs | {"sft": fine_tuned.id}
         config = dataclasses.replace(plan.rl, method=of)
         made = store.materialise(Stage(name="rl", run=align.run, config=config, inputs=inputs))
     kept = store.workspace.scratch / f"drawn-{sha256_of_json([inputs, asdict(plan.evaluate)])[:16]}"
     evaluated = evaluate.run if method == BASE else sharing(evaluate.run, kept)
     proof = Stage(name="evaluate", run=evaluated, config=plan.evaluate, inputs=inputs | {"rl": made.id})
     return made, store.materialise(proof)
+
+
+def own_row(row: str, method: str) -> str:
+    """What a row of a method's evaluation is called among all: the fine-tuned model of another family is another.
+
+    Example:
+        >>> own_row("sft", "grpo"), own_row("sft", "ppd")
+        ('sft', 'sft of ppd')
+    """
+    return f"{row} of {method}" if method in FAMILIES else row
 
 
 def sharing(run: Callable[[StageContext], None], kept: Path) -> Callable[[StageContext], None]:
@@ -257,7 +274,8 @@ def markdown(found: dict[str, Any], facts: dict[str, Any]) -> str:
         took = found["seconds"].get(name)
         lines.append(f"| {name} | {'' if took is None else f'{took:.0f}'} | " + " | ".join(cells) + " |")
     lines += [f"\nLeft out: {name}: {why}" for name, why in found["left_out"].items()]
-    lines += ["", "Less fine-tuning (`sft`), person by person:", "", "| row | " + " | ".join(seen) + " |"]
+    lines += ["", "Less fine-tuning (`sft`; of another family its own), person by person:", ""]
+    lines.append("| row | " + " | ".join(seen) + " |")
     lines.append("|---|" + "---:|" * len(seen))
     for name, values in found["minus_sft"].items():
         lines.append(f"| {name} | " + " | ".join(_cell(values.get(metric), sign="+") for metric in seen) + " |")
