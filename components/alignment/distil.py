@@ -33,9 +33,9 @@ class DistilConfig:
     weight_decay: float = 0.01
     condition_dropout: float = 0.1
     """Share of prompts without a history, so that guidance stays possible."""
-    sharpness: float = 12.0
+    sharpness: float = 10.0
     """1 / beta among favourites: how much of their probability goes to the best ones."""
-    sharpness_new: float = 6.0
+    sharpness_new: float = 5.0
     """1 / beta among all other items, about which a history says less."""
     contrast: float = 0.25
     """Share of an item's base rate, in log odds, taken off its prospect: what anybody would take says little."""

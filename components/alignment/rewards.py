@@ -42,7 +42,7 @@ class Weights:
     """Penalty on pictures out of the history, for the share of the group beyond ``copy_allowed``."""
     validity: float = 1.0
     """Penalty for pixels far from every real tile: mush that an encoder's cosine does not see."""
-    dissimilarity: float = 1.0
+    dissimilarity: float = 1.5
     """Mean feature distance to the other pictures of the group."""
     copy_allowed: float = 0.42
     """Share of a group that may come from the history at no cost."""
