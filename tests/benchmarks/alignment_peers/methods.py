@@ -134,7 +134,8 @@ def compare(asked: Asked, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def finished(store: ArtifactStore) -> dict[str, str]:
-    """Ids of the stages behind the newest finished evaluation.
+    """Ids of the stages behind the newest finished evaluation; one of a method of another family only if there is no
+    other.
 
     Raises:
         DataError: there is none.
@@ -145,7 +146,13 @@ def finished(store: ArtifactStore) -> dict[str, str]:
             f"{store.workspace.root} holds no finished evaluation; run `couturier retrain` with "
             "COUTURIER_WORKSPACE set to it, or give another --workspace."
         )
-    newest = max(found, key=lambda manifest: str(manifest["made_at"]))
+
+    def age(manifest: dict[str, Any]) -> tuple[bool, str]:
+        family = store.manifest(manifest["inputs"]["sft"])["config"]["generator"]["family"]
+        own = any(f"sft.generator.family={family}" in settings for settings in FAMILIES.values())
+        return not own, str(manifest["made_at"])
+
+    newest = max(found, key=age)
     return {name: str(newest["inputs"][name]) for name in INPUTS}
 
 
