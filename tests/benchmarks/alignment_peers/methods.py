@@ -41,8 +41,12 @@ BASE, ALIGNED = "base", "grpo"
 VARIANTS = {
     "grpo_credit": ("grpo", ("rl.grpo.credit.kind=coupled",)),
     "grpo_random_credit": ("grpo", ("rl.grpo.credit.kind=random",)),
+    "dpo_none": ("dpo", ("rl.dpo.share=0.01", "rl.dpo.weight=0")),
+    "dpo_1_percent": ("dpo", ("rl.dpo.share=0.01",)),
+    "dpo_5_percent": ("dpo", ("rl.dpo.share=0.05",)),
 }
-"""Rows that are a method with one option turned: its name and settings."""
+"""Rows that are a method with one option turned: its name and settings. Those of ``dpo`` ask how much of the gain over
+none is left when one sample in a hundred gets a pair (OneRec: as good as five)."""
 FAMILIES = {"ppd": ("sft.generator.family=diffusion", "sft.lr=2e-3")}
 """Methods of another family than the workspace's: how it is fine-tuned."""
 SHARED_ROWS = ("sft", "sft_guided", "best_of_n", "popularity", "copy_favourites", "nearest_item", "oracle")
