@@ -42,6 +42,7 @@ def examine() -> list[Check]:
         _memory(),
         *(_port(name, port) for name, port in PORTS.items()),
         _threads(),
+        _compiler(),
         _switches(),
     ]
 
@@ -150,6 +151,16 @@ def _threads() -> Check:
     limit = os.environ.get("OMP_NUM_THREADS", "unset")
     seen = f"{os.cpu_count()} cores; OMP_NUM_THREADS {limit}; a recipe sets its own (threads=1 repeats bit for bit)"
     return Check(name="threads", state="good", seen=seen)
+
+
+def _compiler() -> Check:
+    from couturier.kernels import compiled
+
+    found = compiled.compiler()
+    if found:
+        return Check(name="compiler", state="good", seen=f"{found}: kernels are built for this processor")
+    seen = f"none of {', '.join(compiled.COMPILERS)}: kernels run in PyTorch, training and sampling take longer"
+    return Check(name="compiler", state="note", seen=seen, mend="On Linux install gcc (`apt install gcc`).")
 
 
 def _switches() -> Check:

@@ -18,6 +18,11 @@ _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fop
 _PATIENCE_S = 120
 
 
+def compiler() -> str | None:
+    """The path of the C compiler that kernels are built with; None where there is none that is known to work."""
+    return next(filter(None, map(shutil.which, COMPILERS)), None) if sys.platform == "linux" else None
+
+
 @functools.cache
 def library(source: str, **constants: int) -> ctypes.CDLL | None:
     """A C file of this folder with some constants; None where it cannot be compiled.
@@ -26,8 +31,8 @@ def library(source: str, **constants: int) -> ctypes.CDLL | None:
         source: relative to this folder. It may include ``lanes.h``.
         constants: macros.
     """
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None or sys.platform != "linux":
+    command = compiler()
+    if command is None:
         return None
     here = Path(__file__).parent
     defined = [f"-D{name}={value}" for name, value in constants.items()]
@@ -39,7 +44,7 @@ def library(source: str, **constants: int) -> ctypes.CDLL | None:
                 ["-shared", str(made), "-o", str(linked)],
             ):
                 # Linked without OpenMP: its names are found in the one that PyTorch has loaded, with its threads.
-                subprocess.run([compiler, *words], check=True, capture_output=True, timeout=_PATIENCE_S)
+                subprocess.run([command, *words], check=True, capture_output=True, timeout=_PATIENCE_S)
             return ctypes.CDLL(str(linked))
         except (subprocess.SubprocessError, OSError):
             return None

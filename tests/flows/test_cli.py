@@ -16,6 +16,7 @@ from typer.main import get_command
 from couturier.components.errors import UnknownUserError
 from couturier.components.ports import LOOPBACK
 from couturier.flows import cli
+from couturier.kernels import compiled
 
 if TYPE_CHECKING:
     from tests.conftest import Project
@@ -191,6 +192,12 @@ def test_doctor(project: Project) -> None:
     assert checks["lock"]["state"] == "good"
     text = project.run("doctor", HF_HUB_OFFLINE="0").out
     assert "HF_HUB_OFFLINE=0" in text
+    assert checks["compiler"]["state"] == ("good" if compiled.compiler() else "note")
+    bare = project.run("doctor", "--json", PATH=str(project.folder)).json
+    (without,) = [check for check in bare["checks"] if check["name"] == "compiler"]
+    assert bare["ok"]
+    assert without["state"] == "note"
+    assert "install gcc" in without["mend"]
 
 
 def test_doctor_names_a_folder_that_cannot_be_written(project: Project) -> None:
