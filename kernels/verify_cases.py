@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
 from couturier.kernels import dispatch, shared_prefix
 from couturier.kernels.attention_stats import attention_stats
 from couturier.kernels.attention_stats.reference import apart, attention_map
+from couturier.kernels.causal_attention import causal_attention
 from couturier.kernels.hash_sampling import hash_sampling, random_planes, signatures
 from couturier.kernels.linear_attention import linear_attention, slopes_tnl
 from couturier.kernels.linear_attention.reference import quadratic
@@ -78,7 +80,8 @@ class Maker:
 
 def cases(make: Maker) -> list[Case]:
     """All operators."""
-    return [_mlp(make), _dot(make), _topk(make), _hash(make), _linear(make), _stats(make), _prefix(make)]
+    lists = [_mlp(make), _dot(make), _topk(make), _hash(make), _causal(make)]
+    return [*lists, _linear(make), _stats(make), _prefix(make)]
 
 
 def _size(*tensors: Tensor) -> int:
@@ -229,6 +232,38 @@ def _hash(make: Maker) -> Case:
         naive=naive,
         bytes_moved=_size(candidates, keys, planes) + users * each * width * 4,
         flops=2 * (n + users * each) * planes.numel() + n * groups * width,
+    )
+
+
+def _causal(make: Maker) -> Case:
+    # The small one is large enough to be compiled.
+    users, most, heads, width = (256, 200, 1, 64) if make.large else (64, 70, 2, 32)
+    offsets = make.offsets(users, most)
+    n, lengths = int(offsets[-1]), offsets.diff()
+    q, k, v = (make.normal(n, heads, width, salt=i) for i in range(3))
+
+    def call() -> Tensor:
+        return causal_attention(q, k, v, offsets)
+
+    def padded(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        boxes = [_padded(one.flatten(1), offsets)[0].unflatten(-1, (heads, width)).transpose(1, 2) for one in (q, k, v)]
+        return attend(*boxes).transpose(1, 2)[_padded(q.flatten(1), offsets)[1]]
+
+    def plain(q_UALE: Tensor, k_UALE: Tensor, v_UALE: Tensor) -> Tensor:
+        ahead = torch.ones(most, most, dtype=torch.bool, device=q.device).triu(1)
+        scores = q_UALE @ k_UALE.transpose(-1, -2) * width**-0.5
+        return scores.masked_fill(ahead, -torch.inf).softmax(-1) @ v_UALE
+
+    return Case(
+        op="causal_attention",
+        shape=f"{users} users, {n} rows, longest {most}, A {heads}, E {width}, {q.dtype}".replace("torch.", ""),
+        leaves=[q, k, v],
+        call=call,
+        reference=_reference(call),
+        naive=lambda: padded(plain),
+        peers={"SDPA, padded": lambda: padded(partial(scaled_dot_product_attention, is_causal=True))},
+        bytes_moved=_size(q, k, v, v),
+        flops=2 * heads * width * int((lengths * (lengths + 1)).sum()),
     )
 
 

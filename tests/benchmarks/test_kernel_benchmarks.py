@@ -9,14 +9,16 @@ import torch
 
 from couturier.kernels import compiled
 
-from . import attention_stats, catalogue_softmax, hash_sampling, linear_attention, llama_layer
+from . import attention_stats, catalogue_softmax, causal_attention, hash_sampling, linear_attention, llama_layer
 
-COMPILED = {catalogue_softmax: "catalogue_softmax/softmax.c", llama_layer: "llama_layer/layer.c"}
+COMPILED = {catalogue_softmax, causal_attention, llama_layer}
 
 
-@pytest.mark.parametrize("benchmark", [linear_attention, hash_sampling, attention_stats, *COMPILED])
+@pytest.mark.parametrize(
+    "benchmark", [linear_attention, hash_sampling, attention_stats, catalogue_softmax, causal_attention, llama_layer]
+)
 def test_a_ratio_says_both_sides(benchmark: ModuleType) -> None:
-    if benchmark in COMPILED and compiled.library(COMPILED[benchmark], W=32) is None:
+    if benchmark in COMPILED and compiled.library("llama_layer/layer.c", W=32) is None:
         pytest.skip("no C compiler (cc or gcc) here: the benchmark compares what is compiled with PyTorch's calls")
     threads = torch.get_num_threads()
     found = benchmark.ratio(rounds=1)

@@ -11,9 +11,9 @@ learns what people begin with; the log of an item's weight is a learned directio
 attention weights are not dropped out; a batch shares its sampled negatives; a fit starts from states that are the
 mean of what was read (values and outputs of attention are the identity).
 
-Rows lie one user after another without padding; only attention itself pads, on the right, where causality hides it.
+Rows lie one user after another without padding (:mod:`couturier.kernels.causal_attention`).
 
-Letters: U users, L longest history, N history rows, K rows that are learned from, C candidates, P taken ones, W width,
+Letters: U users, N history rows, K rows that are learned from, C candidates, P taken ones, W width,
 A heads, E width of a head, S pool, I items, D features.
 """
 
@@ -36,6 +36,7 @@ from couturier.components.interest.layers import Drop, RowDropout, centre_inputs
 from couturier.components.interest.types import HistoryBatch, TrainBatch
 from couturier.components.shares import how_many, summed
 from couturier.kernels.catalogue_softmax import cross_entropy
+from couturier.kernels.causal_attention import causal_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,22 +98,19 @@ class _Block(nn.Module):
             self.outer.weight.zero_()
             self.outer.bias.zero_()
 
-    def forward(self, x_NW: Tensor, layout: _Layout, drop: Drop) -> Tensor:
+    def forward(self, x_NW: Tensor, offsets: Tensor, drop: Drop) -> Tensor:
         q_NW = self.before(x_NW)
-        x_NW = self.between(q_NW + drop(self.out(self._attended(q_NW, x_NW, layout))))
+        x_NW = self.between(q_NW + drop(self.out(self._attended(q_NW, x_NW, offsets))))
         added: Tensor = x_NW + drop(self.outer(self.inner(x_NW).relu()))
         return added
 
-    def _attended(self, q_NW: Tensor, x_NW: Tensor, layout: _Layout) -> Tensor:
+    def _attended(self, q_NW: Tensor, x_NW: Tensor, offsets: Tensor) -> Tensor:
         """Causal attention of every row over its user's rows up to itself, ``[N, W]``."""
-        if not len(q_NW):
-            return q_NW
-        query, key, value = (
-            layout.pad(rows).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for rows in (self.query(q_NW), *self.key_value(x_NW).chunk(2, -1))
+        query_NAE, key_NAE, value_NAE = (
+            rows_NW.unflatten(-1, (self.heads, -1))
+            for rows_NW in (self.query(q_NW), *self.key_value(x_NW).chunk(2, -1))
         )
-        found_UALE = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return layout.unpad(found_UALE.transpose(1, 2).flatten(2))
+        return causal_attention(query_NAE, key_NAE, value_NAE, offsets).flatten(1)
 
 
 class SasrecJudge(ContentJudge):
@@ -162,9 +160,8 @@ class SasrecJudge(ContentJudge):
         back_N = history.offsets[1:][history.users_N] - 1 - torch.arange(len(items_NW), device=items_NW.device)
         place_NW = self.places.index_select(0, self.config.length - 1 - back_N)
         x_NW = drop(items_NW * self.config.width**0.5 + place_NW + amount_N1 * self.amount)
-        layout = _Layout(history)
         for block in self.blocks:
-            x_NW = block(x_NW, layout, drop)
+            x_NW = block(x_NW, history.offsets, drop)
         states_NW: Tensor = self.last(x_NW)
         return states_NW
 
@@ -302,32 +299,6 @@ class _Next:
     own_KW: Tensor
     items_K: Tensor
     share_K: Tensor
-
-
-class _Layout:
-    """Where rows stand in the padded box that attention works in; nowhere else is anything padded."""
-
-    def __init__(self, history: HistoryBatch) -> None:
-        lengths_U = history.lengths
-        self.users, self.longest = len(lengths_U), int(lengths_U.max()) if len(lengths_U) else 0
-        self.full = bool((lengths_U == self.longest).all())
-        users_N = history.users_N
-        self.place_N = torch.arange(len(users_N), device=users_N.device) + (
-            users_N * self.longest - history.offsets[users_N]
-        )
-
-    def pad(self, rows_NX: Tensor) -> Tensor:
-        """``[N, X]`` -> ``[U, L, X]``."""
-        if not self.full:
-            rows_NX = rows_NX.new_zeros(self.users * self.longest, rows_NX.shape[1]).index_copy(
-                0, self.place_N, rows_NX
-            )
-        return rows_NX.view(self.users, self.longest, -1)
-
-    def unpad(self, box_ULX: Tensor) -> Tensor:
-        """``[U, L, X]`` -> ``[N, X]``."""
-        rows = box_ULX.reshape(self.users * self.longest, -1)
-        return rows if self.full else rows[self.place_N]
 
 
 def gbce_power(negatives: int, items: int, calibration: float) -> float:
