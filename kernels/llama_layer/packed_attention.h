@@ -60,8 +60,14 @@ static void turn(const Pass *p, const Sizes *s, int64_t user, float *qkv, const 
 
 /* [rows, W] → [W, room], with zeros where room is left. */
 static void across(const float *from, int64_t row, int64_t rows, float *out, int64_t room) {
-    for (int64_t i = 0; i < room; i++)
-        for (int j = 0; j < W; j++) out[j * room + i] = i < rows ? from[i * row + j] : 0.0f;
+    for (int64_t i = 0; i < room; i += 16)
+        for (int j = 0; j < W; j += 16) {
+            v16 block[16];
+            UNROLL for (int k = 0; k < 16; k++)
+                block[k] = i + k < rows ? AT(from + (i + k) * row + j) + ALL(0.0f) : ALL(0.0f);
+            transposed(block);
+            UNROLL for (int k = 0; k < 16; k++) AT(out + (j + k) * room + i) = block[k];
+        }
 }
 
 /* A prompt's keys or values and, behind them, each sample's, all across. */

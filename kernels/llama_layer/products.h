@@ -24,6 +24,8 @@ INLINE void tile(const int rows, const int broad, Matrix x, const float *w, int6
         UNROLL for (int v = 0; v < broad; v++) {
             if (add) sum[r][v] = AT(out + r * out_row + 16 * v);
             else sum[r][v] = ALL(0.0f);
+            /* What is added to has long left the nearest cache: the next tile's is asked for while this one works. */
+            if (add) __builtin_prefetch(out + (r + TALL) * out_row + 16 * v, 1);
         }
     for (int64_t k = 0; k < depth; k++) {
         v16 at[BROAD];
