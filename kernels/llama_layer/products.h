@@ -57,3 +57,19 @@ INLINE void product(const float *x, int64_t x_row, const float *w, float *out, i
     for (int64_t c = 0; c < columns; c += PANEL)
         strip(BROAD, (Matrix){x, x_row, 1}, w + c * in, PANEL, out + c, out_row, rows, in, add);
 }
+
+/* Panels of a weight [out, in] for x w^T, from column `before` on, times a norm's weight [in] unless there is none. */
+static inline void pack(const float *w, const float *norm, int64_t out, int64_t in, float *panels, int64_t before) {
+    for (int64_t o = 0; o < out; o += 16)
+        for (int64_t i = 0; i < in; i += 16) {
+            const int64_t place = before + o;
+            float *to = panels + (place / PANEL * in + i) * PANEL + place % PANEL;
+            v16 block[16];
+            UNROLL for (int k = 0; k < 16; k++) {
+                block[k] = AT(w + (o + k) * in + i);
+                if (norm) block[k] *= AT(norm + i);
+            }
+            transposed(block);
+            UNROLL for (int k = 0; k < 16; k++) AT(to + k * PANEL) = block[k];
+        }
+}

@@ -24,18 +24,16 @@ int64_t scratch(const Pass *p) {
     return s.tokens * (s.x + s.both + 2 * s.gated + s.mixed + s.qkv + s.slots + 1) + keys + bias;
 }
 
-/* Panels of a weight [out, in] for x w^T and for y w, times a norm's weight. */
-static void pack(const float *w, const float *norm, int64_t out, int64_t in, float *to, float *from, int64_t before,
-                 int64_t all) {
-    for (int64_t o = 0; o < out; o++) {
-        const int64_t place = before + o;
-        float *column = to + place / PANEL * in * PANEL + place % PANEL;
-        for (int64_t i = 0; i < in; i++) {
-            const float value = norm ? w[o * in + i] * norm[i] : w[o * in + i];
-            column[i * PANEL] = value;
-            from[(i / PANEL * all + place) * PANEL + i % PANEL] = value;
+/* Panels for x w^T and for y w, whose columns and rows are `all` of several weights. */
+static void pack_both(const float *w, const float *norm, int64_t out, int64_t in, float *to, float *from,
+                      int64_t before, int64_t all) {
+    pack(w, norm, out, in, to, before);
+    for (int64_t o = 0; o < out; o++)
+        for (int64_t i = 0; i < in; i += 16) {
+            v16 value = AT(w + o * in + i);
+            if (norm) value *= AT(norm + i);
+            AT(from + (i / PANEL * all + before + o) * PANEL + i % PANEL) = value;
         }
-    }
 }
 
 void pack_all(const Pass *p, const Layer *layers, int64_t count) {
@@ -43,13 +41,13 @@ void pack_all(const Pass *p, const Layer *layers, int64_t count) {
 #pragma omp parallel for num_threads(p->threads) schedule(static)
     for (int64_t i = 0; i < count; i++) {
         const Layer *l = layers + i;
-        pack(l->q, l->norm, heads, width, l->to_qkv, l->from_qkv, 0, heads + 2 * kv);
-        pack(l->k, l->norm, kv, width, l->to_qkv, l->from_qkv, heads, heads + 2 * kv);
-        pack(l->v, l->norm, kv, width, l->to_qkv, l->from_qkv, heads + kv, heads + 2 * kv);
-        pack(l->out, 0, width, heads, l->to_out, l->from_out, 0, width);
-        pack(l->gate, l->mlp_norm, wide, width, l->to_both, l->from_both, 0, 2 * wide);
-        pack(l->up, l->mlp_norm, wide, width, l->to_both, l->from_both, wide, 2 * wide);
-        pack(l->down, 0, width, wide, l->to_down, l->from_down, 0, width);
+        pack_both(l->q, l->norm, heads, width, l->to_qkv, l->from_qkv, 0, heads + 2 * kv);
+        pack_both(l->k, l->norm, kv, width, l->to_qkv, l->from_qkv, heads, heads + 2 * kv);
+        pack_both(l->v, l->norm, kv, width, l->to_qkv, l->from_qkv, heads + kv, heads + 2 * kv);
+        pack_both(l->out, 0, width, heads, l->to_out, l->from_out, 0, width);
+        pack_both(l->gate, l->mlp_norm, wide, width, l->to_both, l->from_both, 0, 2 * wide);
+        pack_both(l->up, l->mlp_norm, wide, width, l->to_both, l->from_both, wide, 2 * wide);
+        pack_both(l->down, 0, width, wide, l->to_down, l->from_down, 0, width);
     }
 }
 
@@ -209,8 +207,9 @@ static void apart(const float *w, const float *norm, float *d, float *d_norm, in
         }
 }
 
-/* g [U, tokens, width], the gradient of the last layer's y, becomes that of the first one's x. d [threads, count] (none:
- * no weight learns) begin with zeros and lie in one piece of size floats each; the first thread's end as the sums. */
+/* g [U, tokens, width], the gradient of the last layer's y, becomes that of the first one's x. d [threads, count] (none
+ * where no weight learns) begin with zeros and lie in one piece of size floats each; the first thread's end as the
+ * sums. */
 void backward(const Pass *p, const Layer *layers, const Gradient *d, int64_t count, int64_t size, float *g,
               float *room) {
     const Sizes s = sizes(p);
