@@ -15,6 +15,25 @@ static inline float total(v16 x) {
     return sum;
 }
 
+/* Of lanes of two vectors (the second's from 16 on), those that stay and, `side` further on, those that change places
+ * when blocks of `side` = 8, 4, 2, 1 rows and columns are transposed. */
+static const i16 STAY[4] = {{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23},
+                            {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27},
+                            {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29},
+                            {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30}};
+
+/* Sixteen rows of sixteen become columns. */
+static inline __attribute__((always_inline)) void transposed(v16 *t) {
+    UNROLL for (int stage = 0; stage < 4; stage++)
+        UNROLL for (int i = 0; i < 16; i++) {
+            const int side = 8 >> stage;
+            if (i & side) continue;
+            const v16 a = t[i], b = t[i + side];
+            t[i] = __builtin_shuffle(a, b, STAY[stage]);
+            t[i + side] = __builtin_shuffle(a, b, STAY[stage] + side);
+        }
+}
+
 static inline v16 chosen(i16 where, v16 yes, v16 no) {
     return (v16)((where & (i16)yes) | (~where & (i16)no));
 }

@@ -4,9 +4,10 @@
        ▲──────┘ ▲──────────┘ ▲──────────────┘             every picture looks at it and at itself
 
 Any language model takes such a row with a mask over all of it, most of which is False. A plain Llama in float32 on a
-CPU goes another way, layer by layer through its own modules (so that adapters and hooks work as ever): attention skips
-what the mask forbids (:func:`couturier.kernels.shared_prefix.packed_attention`), norms and rotations keep less for the
-gradient, and of the last layer only what predicts something is computed. Both give the same up to rounding.
+CPU goes another way: all layers in one compiled call (:mod:`couturier.kernels.llama_layer.training`) where they are
+nothing but small matrices; else layer by layer through its own modules (so that adapters and hooks work as ever), where
+norms and rotations keep less for the gradient. Either skips the attention that the mask forbids and, of the last layer,
+what predicts nothing. All three give the same up to rounding.
 
 Legend: U users, n pictures a user, S tokens a picture, P prompt tokens, T = P + n S, D width, H heads, d head width,
 Q tokens that still count.
@@ -24,10 +25,15 @@ from transformers import LlamaModel
 
 from couturier.components.shares import how_many, shared_out
 from couturier.components.together import world
+from couturier.kernels.llama_layer import training
 from couturier.kernels.shared_prefix import packed_attention
 
 if TYPE_CHECKING:
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+# Numbers that go through layers from which on a batch is worth asking a compiler, once a process; and weights a layer
+# beyond which they leave the cores' caches, where the library's products are as fast.
+_COMPILE_FROM, _COMPILE_UP_TO = 1 << 18, 1 << 22
 
 
 def packed_hidden(
@@ -46,8 +52,10 @@ def packed_hidden(
     position_UT = torch.cat([position_UP, after], 1)
     if _is_plain(lm, x_UTD) and own:
         llama = cast(LlamaModel, lm)
-        shares = _shares(llama, x_UTD)
-        if shares > 1:
+        weights_L, shares = _weights(llama, x_UTD), _shares(llama, x_UTD)
+        if weights_L:
+            hidden = _compiled_layers(llama, weights_L, n, x_UTD, mask_UP, position_UT)
+        elif shares > 1:
             weights = [weight for weight in llama.parameters() if weight.requires_grad]
             hidden = shared_out(partial(_plain_layers, llama, n), [x_UTD, mask_UP, position_UT], weights, shares)
         else:
@@ -93,6 +101,65 @@ def _shares(lm: LlamaModel, x_UTD: Tensor) -> int:
     if not torch.is_grad_enabled() or any(type(part) is not nn.Linear for part in _projections(lm)):
         return 1
     return how_many(lm.layers[0], len(x_UTD), x_UTD.shape[0] * x_UTD.shape[1])
+
+
+def _weights(lm: LlamaModel, x_UTD: Tensor) -> list[training.Weights]:
+    """The layers as matrices, where these are all there is and the compiled way pays; else nothing. It splits users
+    over threads, so there should be one for each."""
+    size = sum(weight.numel() for weight in lm.layers[0].parameters())
+    if (
+        x_UTD.numel() * len(lm.layers) < _COMPILE_FROM
+        or size > _COMPILE_UP_TO
+        or len(x_UTD) < torch.get_num_threads()
+        or lm.config.hidden_act not in ("silu", "swish")
+        or not all(map(_is_bare, _projections(lm)))
+    ):
+        return []
+    found = []
+    for layer in cast("Iterable[LlamaDecoderLayer]", lm.layers):
+        attention, mlp = layer.self_attn, layer.mlp
+        found.append(
+            training.Weights(
+                norm=layer.input_layernorm.weight,
+                mlp_norm=layer.post_attention_layernorm.weight,
+                q=attention.q_proj.weight,
+                k=attention.k_proj.weight,
+                v=attention.v_proj.weight,
+                out=attention.o_proj.weight,
+                gate=mlp.gate_proj.weight,
+                up=mlp.up_proj.weight,
+                down=mlp.down_proj.weight,
+            )
+        )
+    head = cast("LlamaDecoderLayer", lm.layers[0]).self_attn.head_dim
+    return found if all(training.covers(weights, head=head) for weights in found) else []
+
+
+def _is_bare(part: nn.Module) -> bool:
+    """Whether a projection is its matrix and nobody listens."""
+    hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+    return type(part) is nn.Linear and part.bias is None and not any(hooks)
+
+
+def _compiled_layers(
+    lm: LlamaModel,
+    weights_L: list[training.Weights],
+    n: int,
+    x_UTD: Tensor,
+    mask_UP: Tensor,
+    position_UT: Tensor,
+) -> Tensor:
+    """As :func:`_plain_layers`, in one compiled call."""
+    cos_UTd, sin_UTd = lm.rotary_emb(x_UTD, position_UT)
+    setting = training.Setting(
+        samples=n,
+        heads=int(lm.config.num_attention_heads),
+        kv_heads=int(lm.config.num_key_value_heads or lm.config.num_attention_heads),
+        skip=mask_UP.shape[1] - 1,
+        eps=float(cast("LlamaDecoderLayer", lm.layers[0]).input_layernorm.variance_epsilon),
+    )
+    x_UQD = training.layers(x_UTD, weights_L, mask_UP, cos_UTd, sin_UTd, setting)
+    return rms_norm(x_UQD, lm.norm.weight, lm.norm.variance_epsilon)
 
 
 def _projections(lm: LlamaModel) -> Iterator[nn.Module]:

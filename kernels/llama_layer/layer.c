@@ -3,54 +3,17 @@
  * Built on demand for one width W of a head (a multiple of 16). Widths of rows are multiples of 16.
  * Rotations are those of halves: numbers i and i + W / 2 of a head turn together.
  */
-#include "lanes.h"
+#include "products.h"
 
 #define NW (W / 16)
 #define SIDE 4 /* samples that are worked on together, so that a key that is read serves them all */
-/* A tile of a product, in as many registers as there are: rows by vectors of sixteen columns. */
-#ifdef __AVX512F__
-#define TALL 8
-#define BROAD 2
-#else
-#define TALL 4
-#define BROAD 1
-#endif
-#define PANEL (16 * BROAD)
 
-/* Columns of a packed weight's panel: a weight [in, out] is packed as [out / PANEL, in, PANEL]. */
+/* Columns of a packed weight's panel. */
 int64_t panel(void) { return PANEL; }
-
-static inline __attribute__((always_inline)) void tile(const int rows, const float *x, int64_t in, const float *w,
-                                                       float *out, int64_t columns, const int add) {
-    v16 sum[TALL][BROAD];
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int v = 0; v < BROAD; v++) {
-            if (add) sum[r][v] = AT(out + r * columns + 16 * v);
-            else sum[r][v] = ALL(0.0f);
-        }
-    for (int64_t k = 0; k < in; k++) {
-        v16 at[BROAD];
-        UNROLL for (int v = 0; v < BROAD; v++) at[v] = AT(w + k * PANEL + 16 * v);
-        UNROLL for (int r = 0; r < rows; r++)
-            UNROLL for (int v = 0; v < BROAD; v++) sum[r][v] += x[r * in + k] * at[v];
-    }
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int v = 0; v < BROAD; v++) AT(out + r * columns + 16 * v) = sum[r][v];
-}
-
-/* out [rows, columns] = x [rows, in] w, or that more: of a packed weight. */
-static inline __attribute__((always_inline)) void product(const float *x, const float *w, float *out, int64_t rows,
-                                                          int64_t in, int64_t columns, const int add) {
-    for (int64_t c = 0; c < columns; c += PANEL) {
-        int64_t r = 0;
-        for (; r + TALL <= rows; r += TALL) tile(TALL, x + r * in, in, w + c * in, out + r * columns + c, columns, add);
-        for (; r < rows; r++) tile(1, x + r * in, in, w + c * in, out + r * columns + c, columns, add);
-    }
-}
 
 /* One product, for whoever wants to time it. */
 void multiply(const float *x, const float *w, float *out, int64_t rows, int64_t in, int64_t columns) {
-    product(x, w, out, rows, in, columns, 0);
+    product(x, in, w, out, columns, rows, in, columns, 0);
 }
 
 /* out = x / sqrt(mean(x^2) + eps), a row. */
@@ -207,13 +170,13 @@ void step(const Rows *r, const Layer *layers, int64_t count, int64_t width, int6
         float *own_both = both + first * 2 * wide;
         for (const Layer *layer = layers; layer < layers + count; layer++) {
             norm(own, own_normed, rows, width, eps);
-            product(own_normed, layer->qkv, qkv + first * joined, rows, width, joined, 0);
+            product(own_normed, width, layer->qkv, qkv + first * joined, joined, rows, width, joined, 0);
             attend(r, begin, end, qkv, layer->prompt_k, layer->prompt_v, layer->own_k, layer->own_v, t, mixed);
-            product(mixed + first * heads, layer->out, own, rows, heads, width, 1);
+            product(mixed + first * heads, heads, layer->out, own, width, rows, heads, width, 1);
             norm(own, own_normed, rows, width, eps);
-            product(own_normed, layer->gate_up, own_both, rows, width, 2 * wide, 0);
+            product(own_normed, width, layer->gate_up, own_both, 2 * wide, rows, width, 2 * wide, 0);
             swiglu(own_both, own_gated, rows, wide);
-            product(own_gated, layer->down, own, rows, wide, width, 1);
+            product(own_gated, wide, layer->down, own, width, rows, wide, width, 1);
         }
     }
 }

@@ -1,10 +1,11 @@
-"""The compiled layers beside the same work with PyTorch's calls: products, and a batch of samples.
+"""The compiled layers beside the same work with PyTorch's calls: products, a batch of samples, passes of training.
 
     python tests/benchmarks/llama_layer.py --json
 
 The demo's model: width 128, four layers, gate 384. *Products*: a packed weight against ``torch.mm`` on one thread, the
-least of many, since so short a time is only ever disturbed upwards. *Sampling*: median CPU time of the process over
-rounds that take turns, one thread.
+least of many, since so short a time is only ever disturbed upwards. *Sampling* and *training* (a pass and its gradient
+of all weights, on one thread): median CPU time of the process over rounds that take turns; the training passes are
+those of GRPO and of fine-tuning.
 """
 
 from __future__ import annotations
@@ -22,12 +23,17 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from transformers import LlamaConfig, LlamaModel  # noqa: E402
 
+from couturier.components.generator.packed import packed_hidden  # noqa: E402
+from couturier.components.runtime import global_seed  # noqa: E402
 from couturier.kernels import dispatch, llama_layer  # noqa: E402
 from couturier.kernels.timing import interleaved_ms, provenance  # noqa: E402
 from tests.benchmarks.alignment_peers import sampling  # noqa: E402
 
 HEAD, WIDTH, GATE = 32, 128, 384
+# Users, samples a user, tokens a sample, prompt tokens.
+TRAINING = {"training, GRPO": (8, 8, 15, 40), "training, fine-tuning": (48, 1, 15, 39)}
 PRODUCTS = ((64, WIDTH, 3 * WIDTH), (64, WIDTH, WIDTH), (64, WIDTH, 2 * GATE), (64, GATE, WIDTH))
 
 
@@ -64,14 +70,36 @@ def products(rounds: int) -> dict[str, dict[str, float]]:
     return found
 
 
+def trained(model: LlamaModel, users: int, samples: int, own: int, prompt: int) -> Callable[[], object]:
+    """A pass and its gradient."""
+    prompt_UPD, own_UnSD = torch.randn(users, prompt, WIDTH), torch.randn(users, samples, own, WIDTH)
+    leaves = [weight for name, weight in model.named_parameters() if "embed" not in name]
+    mask_UP, position_UP = torch.ones(users, prompt, dtype=torch.bool), torch.arange(prompt).expand(users, -1)
+
+    def call() -> object:
+        last_UD, rest_UnSD = packed_hidden(model, prompt_UPD, own_UnSD, mask_UP, position_UP)
+        return torch.autograd.grad(last_UD.sum() + rest_UnSD.sum(), leaves)
+
+    return call
+
+
 def calls() -> dict[str, Callable[[], object]]:
-    """Sampling 8 pictures for each of 8 people, compiled and not."""
+    """Sampling 8 pictures for each of 8 people, and training, compiled and not."""
     generator, shown_UK, seeds = sampling.generator(0), sampling.histories(0), list(range(sampling.USERS))
 
     def draw(guidance: float) -> object:
         return generator.sample(shown_UK, sampling.SAMPLES, seeds=seeds, guidance=guidance)
 
-    named = {"sampling, guidance 5": partial(draw, 5.0), "sampling": partial(draw, 1.0)}
+    named: dict[str, Callable[[], object]] = {
+        "sampling, guidance 5": partial(draw, 5.0),
+        "sampling": partial(draw, 1.0),
+    }
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=WIDTH, intermediate_size=GATE, num_hidden_layers=4, num_attention_heads=WIDTH // HEAD
+    )
+    with global_seed(0, "benchmark"):
+        model = LlamaModel(config)
+    named |= {name: trained(model, *size) for name, size in TRAINING.items()}
     both = {f"ours {name}": call for name, call in named.items()}
     return both | {f"torch {name}": with_pytorch(call) for name, call in named.items()}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,38 +12,44 @@ from transformers import LlamaConfig, LlamaModel
 from couturier.components.generator import packed
 from couturier.components.generator.packed import packed_hidden, rms_norm
 from couturier.components.runtime import global_seed, threads
+from couturier.kernels import dispatch
+from couturier.kernels.llama_layer import training
 
-USERS, SAMPLES, OWN, PROMPT, WIDTH = 4, 3, 5, 7, 16
+USERS, SAMPLES, OWN, PROMPT, WIDTH, COMPILED_WIDTH = 4, 3, 5, 7, 16, 64
+
+compiles = pytest.mark.skipif(training.library(16) is None, reason="no C compiler")
 
 
-def _llama(kv_heads: int = 4) -> LlamaModel:
+def _llama(kv_heads: int = 4, width: int = WIDTH, **more: Any) -> LlamaModel:
     config = LlamaConfig(
         vocab_size=8,
-        hidden_size=WIDTH,
-        intermediate_size=24,
+        hidden_size=width,
+        intermediate_size=3 * width // 2,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=kv_heads,
+        **more,
     )
     with global_seed(0, "packed"):
         model = LlamaModel(config)
         for name, weight in model.named_parameters():
-            nn.init.normal_(weight, mean=float("norm" in name), std=0.3)
+            nn.init.normal_(weight, mean=float("norm" in name), std=1.2 * width**-0.5)
     return model
 
 
 def _batch(model: LlamaModel) -> list[Tensor]:
     random = torch.Generator().manual_seed(0)
     mask_UP = torch.arange(PROMPT)[None] >= torch.tensor([0, 3, 6, 1])[:, None]
-    prompt_UPD = torch.randn(USERS, PROMPT, WIDTH, generator=random, requires_grad=True)
-    own_UnSD = torch.randn(USERS, SAMPLES, OWN, WIDTH, generator=random, requires_grad=True)
+    width = model.config.hidden_size
+    prompt_UPD = torch.randn(USERS, PROMPT, width, generator=random, requires_grad=True)
+    own_UnSD = torch.randn(USERS, SAMPLES, OWN, width, generator=random, requires_grad=True)
     return [prompt_UPD, own_UnSD, mask_UP, (mask_UP.long().cumsum(1) - 1).clamp_min(0)]
 
 
 def _both(model: LlamaModel, batch: list[Tensor]) -> dict[str, Tensor]:
     """What comes out, and the gradient of all that learns."""
     last_UD, rest_UnSD = packed_hidden(model, *batch)
-    assert last_UD.shape == (USERS, WIDTH) and rest_UnSD.shape == (USERS, SAMPLES, OWN, WIDTH)
+    assert rest_UnSD.shape == (USERS, SAMPLES, OWN, last_UD.shape[1])
     leaves: dict[str, Tensor] = {name: weight for name, weight in model.named_parameters() if "embed" not in name}
     leaves |= {"prompt": batch[0], "own": batch[1]}
     random = torch.Generator().manual_seed(1)
@@ -75,6 +83,57 @@ def test_equals_the_models_own_forward(kv_heads: int, cores: int, monkeypatch: p
     assert sorted(calls) == [USERS // cores] * cores
     for name, value in expected.items():
         assert (found[name] - value).abs().max() <= 2e-5 * value.abs().max(), name
+
+
+def _calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many users each call of the compiled layers had."""
+    calls: list[int] = []
+    run = training.layers
+
+    def counted(x_UTD: Tensor, *given: Any) -> Tensor:
+        calls.append(len(x_UTD))
+        return run(x_UTD, *given)
+
+    monkeypatch.setattr(packed, "_COMPILE_FROM", 1)
+    monkeypatch.setattr(training, "layers", counted)
+    return calls
+
+
+@compiles
+@pytest.mark.parametrize(("kv_heads", "cores"), [(4, 1), (2, 2)])
+def test_compiled_layers_equal_the_models_own_forward(
+    kv_heads: int, cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, calls = _llama(kv_heads, COMPILED_WIDTH), _calls(monkeypatch)
+    batch = _batch(model)
+    expected = _own_forward(model, batch, monkeypatch)
+    assert not calls
+    with threads(cores):
+        found, again = _both(model, batch), _both(model, batch)
+    assert calls == [USERS] * 2
+    for name, value in expected.items():
+        assert (found[name] - value).abs().max() <= 2e-5 * value.abs().max(), name
+        assert torch.equal(found[name], again[name])
+
+
+@compiles
+@pytest.mark.parametrize("why", ["adapter", "hook", "bias", "gelu", "small", "few users", "asked"])
+def test_what_is_more_than_small_matrices_is_not_compiled(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Adapter(nn.Linear):
+        """More than its weight, for all one knows."""
+
+    more: dict[str, Any] = {"attention_bias": why == "bias", "hidden_act": "gelu" if why == "gelu" else "silu"}
+    model, calls = _llama(4, COMPILED_WIDTH, **more), _calls(monkeypatch)
+    down = model.layers[1].get_submodule("mlp.down_proj")
+    if why == "adapter":
+        model.layers[1].get_submodule("mlp").down_proj = Adapter(3 * COMPILED_WIDTH // 2, COMPILED_WIDTH, bias=False)
+    if why == "hook":
+        down.register_forward_hook(lambda *_: None)
+    if why == "small":
+        monkeypatch.setattr(packed, "_COMPILE_FROM", 1 << 18)
+    with threads(USERS + 1 if why == "few users" else 1), dispatch.use("torch" if why == "asked" else "auto"):
+        packed_hidden(model, *_batch(model))
+    assert not calls
 
 
 def test_shares_give_the_same_bits_every_time() -> None:
