@@ -27,6 +27,7 @@ from couturier.components.generator.blocks import Block, blocks_of
 from couturier.components.generator.decoding import Decoder, Decoding, Prefix
 from couturier.components.generator.prompt import Prompts
 from couturier.components.shares import how_many, side_by_side, small_work
+from couturier.kernels import systematic_draw
 
 if TYPE_CHECKING:
     from transformers import LlamaModel
@@ -165,10 +166,7 @@ def _sample_share(
         logits = decoding.first_logits()[:, None].expand(-1, each, -1)
         for t in range(length):
             logits_BUmK = logits.reshape(branches, users, rows * each, -1)
-            mixed = logits_BUmK[0]
-            if branches == 2:
-                mixed = logits_BUmK[1] + settings.guidance * (mixed - logits_BUmK[1])
-            codes_UmL[:, :n, t] = _draw(mixed[:, :n].float(), points, settings)
+            codes_UmL[:, :n, t] = _draw(logits_BUmK[:, :, :n], points, settings)
             if t + 1 < length:
                 x_UmD = decoder.embed(codes_UmL[:, :, t])
                 x_RnD = x_UmD.view(users * rows, each, -1).repeat(branches, 1, 1)
@@ -202,6 +200,20 @@ class _Points:
         u, n, _ = uniforms_UnL.shape
         self.alike_Unn = uniforms_UnL.new_ones(u, n, n, dtype=torch.bool) if spread else None
 
+    def compiled(self, logits_BUnK: Tensor, settings: SamplerSettings) -> Tensor:
+        """As :meth:`choose` after the softmax, in one call."""
+        codes_Un, alike = systematic_draw.draw(
+            logits_BUnK,
+            self.fresh_UnL[:, :, self.t],
+            self.alike_Unn,
+            guidance=settings.guidance,
+            temperature=settings.temperature,
+        )
+        if alike == codes_Un.numel():
+            self.alike_Unn = None
+        self.t += 1
+        return codes_Un
+
     def choose(self, p_UnK: Tensor) -> Tensor:
         """Codes ``[U, n]`` by inverting the cumulative distribution at each point; moves on to the next code."""
         point_Un = self.fresh_UnL[:, :, self.t]
@@ -220,8 +232,15 @@ class _Points:
         return codes_Un
 
 
-def _draw(logits_UnK: Tensor, points: _Points, settings: SamplerSettings) -> Tensor:
+def _draw(logits_BUnK: Tensor, points: _Points, settings: SamplerSettings) -> Tensor:
     """One code a sample."""
+    plain = settings.temperature > 0 and not settings.top_k and settings.top_p == 1
+    if plain and systematic_draw.covers(logits_BUnK):
+        return points.compiled(logits_BUnK, settings)
+    logits_UnK = logits_BUnK[0]
+    if len(logits_BUnK) == 2:
+        logits_UnK = logits_BUnK[1] + settings.guidance * (logits_UnK - logits_BUnK[1])
+    logits_UnK = logits_UnK.float()
     if settings.temperature == 0:
         return logits_UnK.argmax(-1)
     logits = logits_UnK / settings.temperature
