@@ -8,6 +8,17 @@ typedef int32_t i16 __attribute__((vector_size(64)));
 #define AT(p) (*(v16 *)(p))
 #define ALL(x) ((v16){0} + (x))
 #define UNROLL _Pragma("GCC unroll 16")
+#define INLINE static inline __attribute__((always_inline))
+
+/* A tile of a product, in as many registers as there are: TALL rows by BROAD vectors of sixteen columns. */
+#ifdef __AVX512F__
+#define TALL 8
+#define BROAD 2
+#else
+#define TALL 4
+#define BROAD 1
+#endif
+#define PANEL (16 * BROAD)
 
 static inline float total(v16 x) {
     float sum = 0;
@@ -23,7 +34,7 @@ static const i16 STAY[4] = {{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22,
                             {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30}};
 
 /* Sixteen rows of sixteen become columns. */
-static inline __attribute__((always_inline)) void transposed(v16 *t) {
+INLINE void transposed(v16 *t) {
     UNROLL for (int stage = 0; stage < 4; stage++)
         UNROLL for (int i = 0; i < 16; i++) {
             const int side = 8 >> stage;

@@ -8,16 +8,6 @@
 
 #include "lanes.h"
 
-/* A tile of a product, in as many registers as there are: TALL by vectors of sixteen columns. */
-#ifdef __AVX512F__
-#define TALL 8
-#define BROAD 2
-#else
-#define TALL 4
-#define BROAD 1
-#endif
-#define PANEL (16 * BROAD)
-
 typedef struct {
     int64_t rows, items;  /* items: up to a multiple of PANEL */
     int64_t some;         /* rows at a time, a multiple of TALL */
@@ -38,9 +28,8 @@ typedef struct {
 int64_t panel(void) { return PANEL; }
 
 /* sum[i][] += x[i across + k along] w[k wide + ...] over k. */
-static inline __attribute__((always_inline)) void tile(v16 sum[TALL][BROAD], const int tall, const float *x,
-                                                       int64_t across, int64_t along, const float *w, int64_t wide,
-                                                       int64_t many) {
+INLINE void tile(v16 sum[TALL][BROAD], const int tall, const float *x, int64_t across, int64_t along, const float *w,
+                 int64_t wide, int64_t many) {
     for (int64_t k = 0; k < many; k++) {
         v16 at[BROAD];
         UNROLL for (int v = 0; v < BROAD; v++) at[v] = AT(w + k * wide + 16 * v);
@@ -50,9 +39,8 @@ static inline __attribute__((always_inline)) void tile(v16 sum[TALL][BROAD], con
 }
 
 /* Exponentials of a tile's logits, none for a row's own item, and their sums. chance: where the tile lies. */
-static inline __attribute__((always_inline)) void chances(const Batch *b, const int tall, const float *states,
-                                                          const int64_t *own_item, int64_t at, float *chance,
-                                                          v16 *mass) {
+INLINE void chances(const Batch *b, const int tall, const float *states, const int64_t *own_item, int64_t at,
+                    float *chance, v16 *mass) {
     v16 sum[TALL][BROAD];
     UNROLL for (int i = 0; i < tall; i++)
         UNROLL for (int v = 0; v < BROAD; v++) sum[i][v] = AT(b->bias + at + 16 * v);
@@ -69,8 +57,7 @@ static inline __attribute__((always_inline)) void chances(const Batch *b, const 
 }
 
 /* The gradient of a few rows' states, from their chances: [items / PANEL, some, PANEL]. */
-static inline __attribute__((always_inline)) void to_states(const Batch *b, const int tall, const float *chance,
-                                                            const float *rate, float *out) {
+INLINE void to_states(const Batch *b, const int tall, const float *chance, const float *rate, float *out) {
     for (int64_t c = 0; c < W; c += PANEL) {
         v16 sum[TALL][BROAD];
         UNROLL for (int i = 0; i < tall; i++)

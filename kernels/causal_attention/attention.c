@@ -10,16 +10,7 @@
 
 #define NE (E / 16)
 #define BLOCK 16 /* rows worked on together: as many as lanes, so that only one panel is masked */
-/* A tile of a product, in as many registers as there are: rows by vectors of sixteen numbers. */
-#ifdef __AVX512F__
-#define TALL 8
-#define BROAD 2
-#else
-#define TALL 4
-#define BROAD 1
-#endif
 #define PART (NE % BROAD ? 1 : BROAD)
-#define INLINE static inline __attribute__((always_inline))
 #define AHEAD 48 /* rows: lists are short, so what comes next is asked for before it is reached */
 #define LEAST(a, b) ((a) < (b) ? (a) : (b))
 
@@ -46,33 +37,9 @@ static inline int64_t whole(int64_t length) { return (length + BLOCK - 1) / BLOC
 /* Numbers that a thread needs between: packed keys and values, two kinds of weights and of rows. */
 int64_t room(int64_t longest) { return 2 * (E + BLOCK) * whole(longest) + 2 * BLOCK * E; }
 
-/* Sixteen vectors as a square: rows become columns. */
-INLINE void turned(v16 *at) {
-#ifdef __AVX512F__
-    /* By swapping the quarters off the diagonal, and so in each quarter. */
-    const i16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    UNROLL for (int half = 8; half; half /= 2) {
-        const i16 left = lane + (((lane & half) != 0) & (16 - half));
-        UNROLL for (int r = 0; r < 16; r++) {
-            if (r & half) continue;
-            const v16 upper = at[r], lower = at[r + half];
-            at[r] = __builtin_shuffle(upper, lower, left);
-            at[r + half] = __builtin_shuffle(upper, lower, left + half);
-        }
-    }
-#else
-    for (int r = 0; r < 16; r++)
-        for (int c = 0; c < r; c++) {
-            const float one = at[r][c];
-            at[r][c] = at[c][r];
-            at[c][r] = one;
-        }
-#endif
-}
-
 /* In lane r the sum of vector r. The vectors are lost. */
 INLINE v16 sums(v16 *of) {
-    turned(of);
+    transposed(of);
     v16 sum = of[0];
     UNROLL for (int i = 1; i < 16; i++) sum += of[i];
     return sum;
@@ -80,7 +47,7 @@ INLINE v16 sums(v16 *of) {
 
 /* In lane r the highest number of vector r. The vectors are lost. */
 INLINE v16 highest(v16 *of) {
-    turned(of);
+    transposed(of);
     v16 most = of[0];
     UNROLL for (int i = 1; i < 16; i++) most = chosen(of[i] > most, of[i], most);
     return most;
@@ -96,7 +63,7 @@ static void pack(const float *x, int64_t step, int64_t length, float *panels) {
                 if (i + r < length) at[r] = AT(x + (i + r) * step + e);
                 __builtin_prefetch(x + (i + r + AHEAD) * step + e);
             }
-            turned(at);
+            transposed(at);
             UNROLL for (int r = 0; r < 16; r++) AT(panels + i * E + (e + r) * BLOCK) = at[r];
         }
 }

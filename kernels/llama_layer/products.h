@@ -1,16 +1,6 @@
 /* Products in tiles that fill the registers: rows by vectors of sixteen columns. */
 #include "lanes.h"
 
-#ifdef __AVX512F__
-#define TALL 8
-#define BROAD 2
-#else
-#define TALL 4
-#define BROAD 1
-#endif
-#define PANEL (16 * BROAD)
-#define INLINE static inline __attribute__((always_inline))
-
 /* A matrix: number (i, j) lies at i * row + j * column. */
 typedef struct {
     const float *at;
