@@ -47,8 +47,8 @@ VARIANTS = {
 }
 """Rows that are a method with one option turned: its name and settings. Those of ``dpo`` ask how much of the gain over
 none is left when one sample in a hundred gets a pair (OneRec: as good as five)."""
-FAMILIES = {"ppd": ("sft.generator.family=diffusion", "sft.lr=2e-3")}
-"""Methods of another family than the workspace's: how it is fine-tuned."""
+FAMILIES = {"ppd": ("sft.generator.family=diffusion", "sft.lr=2e-3", "evaluate.best_of=1")}
+"""Methods of another family than the workspace's: how it is fine-tuned, and what of its evaluation nobody reads."""
 SHARED_ROWS = ("sft", "sft_guided", "best_of_n", "popularity", "copy_favourites", "nearest_item", "oracle")
 FINE_TUNED_ROWS = ("sft", "sft_wrong_user", "unconditional", "sft_guided", "best_of_n")
 """What an evaluation draws from the model before alignment: the same for every method."""
@@ -166,7 +166,7 @@ def run(
     """The model that a method makes, and its evaluation; what the workspace has is not made again."""
     of, turned = VARIANTS.get(method, (method, ()))
     given = settings_of(method, asked.settings, of)
-    plan = recipes.named(asked.recipe, [*given, *turned, f"seed={seed}"])
+    plan = recipes.named(asked.recipe, [*given, *turned, *FAMILIES.get(of, ()), f"seed={seed}"])
     without_sft = {name: inputs[name] for name in INPUTS if name not in ("judge", "sft")}
     if method == BASE:
         untrained = dataclasses.replace(plan.sft, grounding_steps=0, steps=0)
