@@ -259,7 +259,8 @@ def write(found: dict[str, Any], facts: dict[str, Any], folder: Path) -> list[Pa
     for axes, metric in zip(figure.subplots(1, 2, sharey=True), ("basket_precision", "judge"), strict=True):
         shown = [name for name in rows if metric in rows[name]]
         mean, low, high = (np.array([rows[name][metric][i] for name in shown]) for i in range(3))
-        axes.errorbar(mean, shown, xerr=[mean - low, high - mean], fmt="o")
+        # A mean of ones may be a rounding error beyond its interval.
+        axes.errorbar(mean, shown, xerr=np.maximum([mean - low, high - mean], 0), fmt="o")
         axes.set_xlabel(metric.replace("_", " "))
         axes.grid(axis="x", alpha=0.3)
     figure.savefig(places[2], dpi=110)
