@@ -257,7 +257,8 @@ def write(found: dict[str, Any], facts: dict[str, Any], folder: Path) -> list[Pa
     rows = found["rows"]
     figure = Figure(figsize=(8, 0.4 * len(rows) + 1.2), layout="constrained")
     for axes, metric in zip(figure.subplots(1, 2, sharey=True), ("basket_precision", "judge"), strict=True):
-        shown = [name for name in rows if metric in rows[name]]
+        # The oracle's precision is 1 by definition; beside it all others would stand in one place.
+        shown = [name for name in rows if metric in rows[name] and name != "oracle"]
         mean, low, high = (np.array([rows[name][metric][i] for name in shown]) for i in range(3))
         # A mean of ones may be a rounding error beyond its interval.
         axes.errorbar(mean, shown, xerr=np.maximum([mean - low, high - mean], 0), fmt="o")
