@@ -71,3 +71,18 @@ static inline v16 expv(v16 y) {
 static inline v16 sigmoid(v16 x) {
     return 1.0f / (1.0f + expv(-x));
 }
+
+/* The first list of a thread, where each takes a run of lists with about as many rows as the others. */
+static inline int64_t border(const int64_t *offsets, int64_t lists, int64_t threads, int64_t thread) {
+    const int64_t rows = offsets[lists] * thread / threads;
+    int64_t low = 0, high = lists;
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (offsets[middle] < rows) low = middle + 1; else high = middle;
+    }
+    return thread == threads ? lists : low;
+}
+
+/* Of something with offsets, lists and threads. */
+#define BORDER(x, thread) border((x)->offsets, (x)->lists, (x)->threads, thread)
+#define LISTS_OF(x, thread) for (int64_t list = BORDER(x, thread); list < BORDER(x, (thread) + 1); list++)

@@ -21,17 +21,6 @@ typedef struct {
     const float *q, *k, *v;
 } Lists;
 
-/* Lists of a thread: runs of about equally many rows. */
-static inline int64_t border(const Lists *l, int64_t thread) {
-    const int64_t rows = l->offsets[l->lists] * thread / l->threads;
-    int64_t low = 0, high = l->lists;
-    while (low < high) {
-        const int64_t middle = (low + high) / 2;
-        if (l->offsets[middle] < rows) low = middle + 1; else high = middle;
-    }
-    return thread == l->threads ? l->lists : low;
-}
-
 static inline int64_t whole(int64_t length) { return (length + BLOCK - 1) / BLOCK * BLOCK; }
 
 /* Numbers that a thread needs between: packed keys and values, two kinds of weights and of rows. */
@@ -265,7 +254,7 @@ static void back(const Lists *l, int64_t begin, int64_t length, int64_t head, fl
 }
 
 #define EACH_LIST                                                                                                  \
-    for (int64_t list = border(l, thread); list < border(l, thread + 1); list++)                                   \
+    LISTS_OF(l, thread)                                                                                            \
         for (int64_t head = 0, begin = l->offsets[list], length = l->offsets[list + 1] - begin; head < l->heads; head++)
 
 /* between [T, room(longest)]. */

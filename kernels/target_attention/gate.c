@@ -18,19 +18,6 @@ typedef struct {
     const float *key_turned, *product_turned; /* the same, [H, F] */
 } Unit;
 
-/* Lists of a thread: runs of about equally many keys. */
-static inline int64_t border(const Unit *u, int64_t thread) {
-    const int64_t keys = u->offsets[u->lists] * thread / u->threads;
-    int64_t low = 0, high = u->lists;
-    while (low < high) {
-        const int64_t middle = (low + high) / 2;
-        if (u->offsets[middle] < keys) low = middle + 1; else high = middle;
-    }
-    return thread == u->threads ? u->lists : low;
-}
-
-#define EACH_LIST(u, thread) for (int64_t list = border(u, thread); list < border(u, thread + 1); list++)
-
 /* h [P, F], and a thread's sums of h and of its squares less a shift: sums [T, 2, F]. */
 void hidden(const Unit *u, const float *shift, float *h, float *sums) {
 #pragma omp parallel for num_threads(u->threads) schedule(static, 1)
@@ -38,7 +25,7 @@ void hidden(const Unit *u, const float *shift, float *h, float *sums) {
         float turned[H * F] __attribute__((aligned(64)));
         v16 first[NF], second[NF];
         UNROLL for (int i = 0; i < NF; i++) first[i] = second[i] = ALL(0.0f);
-        EACH_LIST(u, thread) {
+        LISTS_OF(u, thread) {
             const int64_t begin = u->offsets[list], length = u->offsets[list + 1] - begin;
             for (int64_t c = 0; c < u->rows && length; c++) {
                 const int64_t row = list * u->rows + c;
@@ -81,7 +68,7 @@ void hidden(const Unit *u, const float *shift, float *h, float *sums) {
 void pooled(const Unit *u, const float *h, const float *about, float bias, float scale, float *score, float *out) {
 #pragma omp parallel for num_threads(u->threads) schedule(static, 1)
     for (int64_t thread = 0; thread < u->threads; thread++) {
-        EACH_LIST(u, thread) {
+        LISTS_OF(u, thread) {
             const int64_t begin = u->offsets[list], length = u->offsets[list + 1] - begin;
             for (int64_t c = 0; c < u->rows; c++) {
                 const int64_t pair = begin * u->rows + c * length;
@@ -111,7 +98,7 @@ void scored(const Unit *u, const float *h, const float *about, const float *scor
     for (int64_t thread = 0; thread < u->threads; thread++) {
         v16 found[4][NF];
         for (int i = 0; i < 4; i++) UNROLL for (int n = 0; n < NF; n++) found[i][n] = ALL(0.0f);
-        EACH_LIST(u, thread) {
+        LISTS_OF(u, thread) {
             const int64_t begin = u->offsets[list], length = u->offsets[list + 1] - begin;
             memset(d_keys + begin * H, 0, length * H * sizeof(float));
             for (int64_t c = 0; c < u->rows; c++) {
@@ -153,7 +140,7 @@ void through(const Unit *u, const float *h, const float *about, const float *d_s
         float *dh = room + thread * (longest + 4) * F;
         float *of_key = sums + thread * 2 * F * H, *of_product = of_key + F * H;
         memset(of_key, 0, 2 * F * H * sizeof(float));
-        EACH_LIST(u, thread) {
+        LISTS_OF(u, thread) {
             const int64_t begin = u->offsets[list], length = u->offsets[list + 1] - begin;
             for (int64_t c = 0; c < u->rows; c++) {
                 const int64_t row = list * u->rows + c, pair = begin * u->rows + c * length;
