@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 BATCH = 500
 EVERY_S = 10.0
 SYSTEM_METRICS_EVERY_S = 5.0
+COSTS = ("seconds", "processor_s", "peak_rss_bytes")
+"""What a manifest says its stage cost."""
 # Beyond this a folder stays where it is and MLflow gets a note of where that is.
 COPY_LIMIT_BYTES = 512 * 1024 * 1024
 _SMALL_FILES = (".json", ".html", ".png", ".md", ".txt", ".svg")
@@ -134,7 +136,7 @@ class RunTracker:
         stay in the artifact store."""
         self.facts(artifact.facts)
         manifest = read_json(artifact.path / MANIFEST)
-        self.metrics({name: manifest[name] for name in ("seconds", "peak_rss_bytes")}, step=0)
+        self.metrics({name: manifest[name] for name in COSTS if name in manifest}, step=0)
         if (rate := hourly_cost()) is not None:
             self.metrics({"cost": manifest["seconds"] / 3600 * rate}, step=0)
         for path in sorted(artifact.path.iterdir()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +92,25 @@ def test_ancestry_reaches_every_input(store: ArtifactStore) -> None:
     assert set(store.ancestry(c.id)) == {a.id, b.id, c.id}
     manifest = store.manifest(c.id)
     assert manifest["config"] == {"word": "c", "fail": False} and manifest["peak_rss_bytes"] > 0
+
+
+def work(ctx: StageContext) -> None:
+    began = time.process_time()
+    while time.process_time() - began < 0.2:
+        pass
+
+
+def sleep(ctx: StageContext) -> None:
+    time.sleep(0.2)
+
+
+def test_waiting_is_no_compute(store: ArtifactStore) -> None:
+    working, sleeping = (
+        store.manifest(store.materialise(Stage(name="cost", run=run, config=Config(word=run.__name__))).id)
+        for run in (work, sleep)
+    )
+    assert working["processor_s"] >= 0.19 and working["seconds"] >= 0.19
+    assert sleeping["processor_s"] < 0.1 and sleeping["seconds"] >= 0.19
 
 
 @pytest.mark.parametrize("bad", ["../etc", "a/b", "", "a b", "x\x00"])

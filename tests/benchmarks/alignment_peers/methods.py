@@ -6,8 +6,9 @@
 The stages are the ones that ``couturier retrain`` runs, and what they make stays in the workspace: a comparison that
 was killed goes on, and one method more costs that method only. ``base`` is the model before fine-tuning; ``sft``,
 ``best_of_n`` and ``sft_guided`` are rows of every evaluation, as the controls are. Equal compute is a matter of the
-settings: ``--set METHOD:name=value``, with the seconds each method took in the table. A method of another family of
-generators has a fine-tuned model of its own, made here from the same sequences and codes; it is compared with that one.
+settings: ``--set METHOD:name=value``, with the processor seconds that each method took in the table. A method of
+another family of generators has a fine-tuned model of its own, made here from the same sequences and codes; it is
+compared with that one.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def known() -> tuple[str, ...]:
 def compare(asked: Asked, say: Callable[[str], None]) -> dict[str, Any]:
     """``rows``: metric → ``[mean, low, high]`` over people, values averaged over seeds first; ``minus_sft`` likewise;
     ``against``: of each method, what its basket precision has over its own controls; ``ceiling``: of none;
-    ``seconds``: of each method's stage, mean over seeds; ``left_out``: methods that cannot run here, and why.
+    ``processor_s``: of each method's stage, mean over seeds; ``left_out``: methods that cannot run here, and why.
 
     Raises:
         ConfigError: a method nobody knows.
@@ -93,7 +94,7 @@ def compare(asked: Asked, say: Callable[[str], None]) -> dict[str, Any]:
     inputs = finished(store)
     frames: dict[str, list[pl.DataFrame]] = {}
     against: dict[tuple[str, str], list[pl.DataFrame]] = {}
-    seconds: dict[str, list[float]] = {}
+    spent: dict[str, list[float]] = {}
     left_out: dict[str, str] = {}
     for method, seed in itertools.product(asked.methods, asked.seeds):
         if method in left_out:
@@ -109,10 +110,10 @@ def compare(asked: Asked, say: Callable[[str], None]) -> dict[str, Any]:
         frames.setdefault(method, []).append(found.filter(pl.col("row") == ALIGNED))
         for row in AGAINST:
             against.setdefault((method, row), []).append(found.filter(pl.col("row") == row))
-        seconds.setdefault(method, []).append(float(store.manifest(made.id)["seconds"]))
+        spent.setdefault(method, []).append(float(store.manifest(made.id)["processor_s"]))
         for row in ("sft",) if method in FAMILIES else SHARED_ROWS:
             frames.setdefault(own_row(row, method), []).append(found.filter(pl.col("row") == row))
-        say(f"{method}, seed {seed}: {seconds[method][-1]:.0f} s")
+        say(f"{method}, seed {seed}: {spent[method][-1]:.0f} s of processors")
     people = {row: by_person(parts) for row, parts in frames.items()}
     return {
         "rows": {
@@ -125,9 +126,9 @@ def compare(asked: Asked, say: Callable[[str], None]) -> dict[str, Any]:
         },
         "against": {
             method: {row: difference(people[method], by_person(against[method, row]), PRECISION) for row in AGAINST}
-            for method in seconds
+            for method in spent
         },
-        "seconds": {method: float(np.mean(all_)) for method, all_ in seconds.items()},
+        "processor_s": {method: float(np.mean(all_)) for method, all_ in spent.items()},
         "ceiling": ceiling.ceiling(store, inputs, recipes.named(asked.recipe, []).rl.prospect, seed=asked.seeds[0]),
         "left_out": left_out,
         "inputs": inputs,
@@ -279,12 +280,12 @@ def markdown(found: dict[str, Any], facts: dict[str, Any]) -> str:
         "people with 95 % intervals; a person's values are averaged over windows and seeds first. Pictures are judged "
         "by an encoder that no reward saw.",
         "",
-        "| row | seconds | " + " | ".join(seen) + " |",
+        "| row | processor s | " + " | ".join(seen) + " |",
         "|---|" + "---:|" * (1 + len(seen)),
     ]
     for name, values in found["rows"].items():
         cells = [_cell(values.get(metric)) for metric in seen]
-        took = found["seconds"].get(name)
+        took = found["processor_s"].get(name)
         lines.append(f"| {name} | {'' if took is None else f'{took:.0f}'} | " + " | ".join(cells) + " |")
     lines += [f"\nLeft out: {name}: {why}" for name, why in found["left_out"].items()]
     lines += ["", "Less fine-tuning (`sft`; of another family its own), person by person:", ""]
