@@ -25,6 +25,12 @@ def generate(
     guidance: Annotated[float, typer.Option(help="0 ignores the history, 1 follows it, above 1 more strongly.")] = 1.0,
     temperature: Annotated[float, typer.Option(help="Below 1 safer, above 1 more varied.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed draws the same pictures.")] = 0,
+    likeliest: Annotated[
+        bool,
+        typer.Option(
+            "--likeliest", help="The likeliest pictures, all different, the surest first, instead of random draws."
+        ),
+    ] = False,
     folder: Annotated[Path, typer.Option("--out", help="Where to write the PNGs.")] = Path("pictures"),
     scale: Annotated[int, typer.Option(min=1, help="Screen pixels for each pixel drawn.")] = 4,
     model: Model = "champion",
@@ -41,6 +47,7 @@ def generate(
     Examples: \\
     `couturier generate --user 1023 --n 8 --out pictures` \\
     `couturier generate --history 17,204,9 --guidance 2` \\
+    `couturier generate --user 1023 --n 10 --likeliest` \\
     `couturier generate --user 1023 --titles`
     """
     need("mlflow", extra="train", verb="generate")
@@ -49,6 +56,7 @@ def generate(
     done = draw(
         user=user, history=history, n=n, guidance=guidance, temperature=temperature, seed=seed, folder=folder,
         scale=scale, model=model, titles=writer if titles else "",
+        likeliest=likeliest,
     )  # fmt: skip
     if json:
         emit(done)

@@ -33,10 +33,12 @@ def draw(
     scale: int,
     model: str,
     titles: str = "",
+    likeliest: bool = False,
 ) -> dict[str, Any]:
     """Draw ``n`` pictures for a user, or for item ids, and write them with a grid into ``folder``.
 
     Args:
+        likeliest: the likeliest pictures, all different, instead of random draws.
         titles: who proposes titles (``TitleConfig.writer``); empty for the nearest items' own ones.
 
     Returns:
@@ -49,7 +51,7 @@ def draw(
     """
     if bool(user) == bool(history):
         raise ConfigError("name whom to draw for: either --user ID or --history ITEM,ITEM,… (item ids with commas).")
-    sampling = Sampling(n=n, guidance=guidance, temperature=temperature, seed=seed)
+    sampling = Sampling(n=n, guidance=guidance, temperature=temperature, seed=seed, likeliest=likeliest)
     workspace = Workspace.find()
     version = version_in_use(workspace, model)
     bundle = Bundle.load(bundle_folder(workspace, version))

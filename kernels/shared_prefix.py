@@ -99,6 +99,13 @@ class PrefixCache:
         """How many slots are filled once every sample has ``t`` tokens."""
         return self.prompt + t * self.samples
 
+    def follow(self, from_Un: Tensor, tokens: int) -> None:
+        """Give each sample the first ``tokens`` keys and values of another of its row ``[U, n]``."""
+        for kept in (self.k_lUGSd, self.v_lUGSd):
+            own_lUGTnd = kept[:, :, :, self.prompt : self.end(tokens)].unflatten(3, (tokens, self.samples))
+            at = from_Un[None, :, None, None, :, None].expand(own_lUGTnd.shape)
+            own_lUGTnd.copy_(own_lUGTnd.gather(4, at))
+
 
 def shared_prefix_attention(q_UnHd: Tensor, k_UGSd: Tensor, v_UGSd: Tensor, bias_UnS: Tensor) -> Tensor:
     """As :func:`reference` over one row of slots a user.

@@ -158,13 +158,7 @@ class Bundle:
         for row, history in enumerate(histories):
             favourites_UK[row, : len(history.items)] = torch.tensor(history.items[:width], dtype=torch.int64)
         with self._lock, threads(1), torch.inference_mode():
-            codes_UNL = self.generator.sample(
-                favourites_UK,
-                sampling.n,
-                guidance=sampling.guidance,
-                temperature=sampling.temperature,
-                seeds=[sampling.seed] * len(histories),
-            )
+            codes_UNL = self._codes(favourites_UK, sampling)
             rgb_N3HW = self.codec.decode(codes_UNL.reshape(-1, codes_UNL.shape[-1]))
             nearest_N = self.nearest(rgb_N3HW)
         rgb_NHWC = (rgb_N3HW * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
@@ -176,6 +170,17 @@ class Bundle:
                 [Picture(id=i, rgb_HWC=rgb_NHWC[p], nearest=nearest_N[p]) for i, p in zip(ids, places, strict=True)]
             )
         return drawn
+
+    def _codes(self, favourites_UK: Tensor, sampling: Sampling) -> Tensor:
+        if sampling.likeliest:
+            return self.generator.likeliest(favourites_UK, sampling.n, guidance=sampling.guidance)
+        return self.generator.sample(
+            favourites_UK,
+            sampling.n,
+            guidance=sampling.guidance,
+            temperature=sampling.temperature,
+            seeds=[sampling.seed] * len(favourites_UK),
+        )
 
     def nearest(self, rgb_N3HW: Tensor) -> list[int]:
         """The catalogue row whose picture the judge's eyes find most alike, for each picture."""
@@ -201,10 +206,13 @@ class Bundle:
 
     def _generation_ids(self, history: History, sampling: Sampling) -> list[str]:
         ids = self.catalogue.item_ids
+        how: list[float | str] = [sampling.n, sampling.guidance, sampling.temperature, sampling.seed]
+        if sampling.likeliest:
+            how = [sampling.n, sampling.guidance, "likeliest"]
         recipe = {
             "bundle": self.version["bundle"],
             "history": [ids[i] for i in history.items],
-            "sampling": [sampling.n, sampling.guidance, sampling.temperature, sampling.seed],
+            "sampling": how,
         }
         digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:24]
         return [f"gen-{digest}-{place}" for place in range(sampling.n)]

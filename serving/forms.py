@@ -63,10 +63,21 @@ class GenerateForm(_About):
     )
     temperature: float = Field(default=1.0, ge=TEMPERATURE[0], le=TEMPERATURE[1], description="Higher is more varied.")
     seed: int = Field(default=0, ge=0, le=MAX_SEED, description="The same seed draws the same pictures.")
+    likeliest: bool = Field(
+        default=False,
+        description="The likeliest pictures, all different, the surest first, instead of random draws; temperature "
+        "and seed change nothing then.",
+    )
     titles: bool = Field(default=False, description="Choose each picture's title for this person.")
 
     def sampling(self) -> Sampling:
-        return Sampling(n=self.n, guidance=self.guidance, temperature=self.temperature, seed=self.seed)
+        return Sampling(
+            n=self.n,
+            guidance=self.guidance,
+            temperature=self.temperature,
+            seed=self.seed,
+            likeliest=self.likeliest,
+        )
 
 
 class ScoreForm(_About):

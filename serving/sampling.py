@@ -29,6 +29,9 @@ class Sampling:
     temperature: float = 1.0
     """0: the likeliest codes each time; below 1: safer and more alike; above 1: more varied."""
     seed: int = 0
+    likeliest: bool = False
+    """The likeliest pictures, all different, the surest first, instead of random draws: ``temperature`` and ``seed``
+    change nothing then."""
 
     def __post_init__(self) -> None:
         _within("n", self.n, 1, MAX_PICTURES)

@@ -49,6 +49,7 @@ DIFFERENCES = (
     ("sft", "sft_wrong_user", "basket_precision"),
     ("grpo", "popularity_eq", "basket_precision"),
     ("grpo", "copy_favourites_eq", "basket_precision"),
+    ("grpo", "nearest_item_eq", "basket_precision"),
     ("grpo", "popularity_eq", "distinct_hits"),
     ("grpo", "copy_favourites_eq", "distinct_hits"),
     ("grpo", "sft", "distinct_hits"),
@@ -75,6 +76,9 @@ class Config:
     """Evaluate the first so many test users; 0: all."""
     batch: int = 128
     """Windows sampled at once."""
+    beams: int = 0
+    """Above 0 the rows of generators, but for ``best_of_n``'s further samples, show each person's likeliest pictures,
+    all different, found by a beam search that keeps so many beginnings, instead of random draws."""
     guidance: float = 3.0
     """Of the row ``sft_guided``."""
     guided_temperature: float = 0.8
@@ -124,6 +128,7 @@ class _Evaluation:
             judge=ctx.inputs["judge"],
             pictures=config.pictures,
             batch=config.batch,
+            beams=config.beams,
             drawn=drawn,
             advance=ctx.progress.advance,
         )
@@ -191,8 +196,8 @@ class _Evaluation:
         for rule in rules:
             self._add(rule.__name__, rule(self.world))
         shown_Vn = self.world.finder.nearest_R[self.rows["grpo"]]
-        for name, by_popularity in (("copy_favourites_eq", False), ("popularity_eq", True)):
-            self._add(name, protocol.at_equal_novelty(self.world, shown_Vn, by_popularity=by_popularity))
+        for name in protocol.AT_EQUAL_NOVELTY:
+            self._add(name, protocol.at_equal_novelty(self.world, shown_Vn, name))
 
     def _add(self, name: str, rows_Vn: Tensor, windows_V: Tensor | None = None) -> None:
         """Measure a row; windows it was not measured on stay unknown (NaN)."""

@@ -130,6 +130,7 @@ class World:
         sequences, tokenise, judge: finished stage folders.
         pictures: n.
         batch: windows sampled at once.
+        beams: how many beginnings a beam search keeps for the likeliest pictures; 0 for random draws.
         drawn: a folder in which finished draws are kept, and found again after a kill; None keeps nothing.
         advance: called with the number of windows done.
     """
@@ -143,10 +144,12 @@ class World:
         judge: Path,
         pictures: int,
         batch: int,
+        beams: int = 0,
         drawn: Path | None,
         advance: Callable[[int], None],
     ) -> None:
         self.catalogue, self.plan, self.n, self.batch = catalogue, plan, pictures, batch
+        self.beams = beams
         self.drawn, self.advance = drawn, advance
         self.codec = load_codec(tokenise / "codec")
         self.codes_IL = load_file(tokenise / "codes.safetensors")["codes_IL"]
@@ -173,7 +176,10 @@ class World:
 
         Args:
             favourites_VK: other histories than the windows' own.
-            stream: a name for other random numbers than those all rows share.
+            stream: a name for other random numbers than those all rows share; these are drawn at random always.
+
+        Raises:
+            ConfigError: beams for a generator that cannot search.
         """
         path = None if self.drawn is None else self.drawn / f"{name}.safetensors"
         at = torch.arange(len(self.plan)) if windows_V is None else windows_V
@@ -183,10 +189,15 @@ class World:
         histories = self.plan.favourites_VK if favourites_VK is None else favourites_VK
         parts = []
         for some in at.split(self.batch):
+            given = histories[some.numpy()]
+            if self.beams and not stream:
+                parts.append(generator.likeliest(given, n or self.n, beams=self.beams, guidance=guidance))
+                self.advance(len(some))
+                continue
             seeds = [self.plan.seeds[v] for v in some.tolist()]
             parts.append(
                 generator.sample(
-                    histories[some.numpy()],
+                    given,
                     n or self.n,
                     seeds=[derived_seed(s, stream) for s in seeds] if stream else seeds,
                     guidance=guidance,
@@ -232,12 +243,18 @@ def random_item(world: World) -> Tensor:
     return torch.from_numpy(np.stack(picks))
 
 
-def nearest_item(world: World) -> Tensor:
-    """The real items most similar to the mean of the history's features."""
+def likeness(world: World) -> Tensor:
+    """Of every item to the mean of each history's features, ``[V, I]``; 0 where there is no history."""
     history_VI = world.truth.history_VI.float()
     mean_VD = history_VI @ world.finder.tiles_ID / history_VI.sum(1, keepdim=True).clamp_min(1)
-    top = (mean_VD @ world.finder.tiles_ID.T).topk(min(world.n, len(world.catalogue)), dim=1).indices.numpy()
-    return world.cycled([row if known else row[:0] for row, known in zip(top, history_VI.any(1).tolist(), strict=True)])
+    return mean_VD @ world.finder.tiles_ID.T
+
+
+def nearest_item(world: World) -> Tensor:
+    """The real items most similar to the mean of the history's features."""
+    top = likeness(world).topk(min(world.n, len(world.catalogue)), dim=1).indices.numpy()
+    known = world.truth.history_VI.any(1).tolist()
+    return world.cycled([row if some else row[:0] for row, some in zip(top, known, strict=True)])
 
 
 def oracle(world: World) -> Tensor:
@@ -246,16 +263,22 @@ def oracle(world: World) -> Tensor:
     return world.look(world.codes_IL[world.cycled(baskets)])
 
 
-def at_equal_novelty(world: World, shown_Vn: Tensor, *, by_popularity: bool) -> Tensor:
+AT_EQUAL_NOVELTY = ("copy_favourites_eq", "popularity_eq", "nearest_item_eq")
+"""Rows that :func:`at_equal_novelty` makes: of favourites in their order and popular new items; of popular ones alone;
+of those most similar to the history."""
+
+
+def at_equal_novelty(world: World, shown_Vn: Tensor, rule: str) -> Tensor:
     """Real items with exactly as many out of the history, and exactly as many repeats, as another row in each window.
 
     A row that shows its surest guess four times has a higher share of hits than one that must show ten different items.
     So the best of these items is shown as often as the other row's most frequent one, and so on, old and new apart.
-    The old items are the favourites in order, or the history's most popular; the new ones the most popular of the rest.
 
     Args:
         shown_Vn: catalogue items that the other row shows.
+        rule: one of :data:`AT_EQUAL_NOVELTY`.
     """
+    near_VI = likeness(world).numpy() if rule == "nearest_item_eq" else None
     chosen = []
     for v, shown in enumerate(shown_Vn.tolist()):
         history = world.truth.history_VI[v].numpy()
@@ -263,8 +286,10 @@ def at_equal_novelty(world: World, shown_Vn: Tensor, *, by_popularity: bool) -> 
         times = Counter(shown)
         old = sorted((count for item, count in times.items() if history[item]), reverse=True)
         new = sorted((count for item, count in times.items() if not history[item]), reverse=True)
-        old_items = world.popular_I[history[world.popular_I]] if by_popularity else favourites[favourites >= 0]
-        new_items = world.popular_I[~history[world.popular_I]]
+        # Nothing is near to no history: then what sells.
+        order = world.popular_I if near_VI is None or not history.any() else np.argsort(-near_VI[v], kind="stable")
+        old_items = favourites[favourites >= 0] if rule == "copy_favourites_eq" else order[history[order]]
+        new_items = order[~history[order]]
         chosen.append(np.concatenate([np.repeat(old_items[: len(old)], old), np.repeat(new_items[: len(new)], new)]))
     return world.cycled(chosen)
 

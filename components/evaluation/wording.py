@@ -92,6 +92,11 @@ ROWS: dict[str, tuple[str, str, str]] = {
         "Favourites and popular new items, as many of each and as many repeats as GRPO drew: equal novelty.",
         "controls",
     ),
+    "nearest_item_eq": (
+        "Nearest, as new",
+        "Real items nearest to the history, as many of it and as many repeats as GRPO drew: equal novelty.",
+        "controls",
+    ),
     "oracle": ("Oracle", "The true next items, put through the codec: the best any drawing could do.", "oracle"),
 }
 GROUPS = {"ours": "Our generators", "controls": "Controls", "oracle": "Upper bound"}
@@ -110,6 +115,7 @@ SPOKEN: dict[str, str] = {
     "popularity": "popularity",
     "popularity_eq": "popularity at equal novelty",
     "copy_favourites_eq": "copying the favourites at equal novelty",
+    "nearest_item_eq": "the nearest real items at equal novelty",
     "oracle": "the oracle",
 }
 NAMES: dict[str, str] = {

@@ -208,6 +208,10 @@ class Decoding:
             hidden = self._filled(x_MD, turn, cache.end(t), cache.end(t + 1))
         return self.decoder.head(self._last_norm(hidden)).unflatten(0, x_RnD.shape[:2])
 
+    def follow(self, from_Rn: Tensor) -> None:
+        """Let each sample of a row go on from another of that row ``[R, n]``, as if it had drawn all its tokens."""
+        (self.steps or self.cache).follow(from_Rn, self.t)
+
     def _last_norm(self, x_MD: Tensor) -> Tensor:
         return self.passes.norm(x_MD, self.decoder.lm.norm.weight)
 

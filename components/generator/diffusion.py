@@ -145,6 +145,17 @@ class DiffusionGenerator(Denoiser):
         """Nats a picture ``[U]``; see :meth:`nats`."""
         return self.nats(favourites_UK, codes_UL[:, None], unconditional=unconditional)[:, 0]
 
+    def likeliest(self, favourites_UK: np.ndarray | Tensor, n: int, *, beams: int = 0, guidance: float = 1.0) -> Tensor:
+        """There are none that could be found.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "a diffusion model does not write codes one by one, so its likeliest pictures cannot be searched for. Ask "
+            "for random draws (likeliest=false, evaluate.beams=0), or train with sft.generator.family=janus."
+        )
+
     @torch.no_grad()
     def sample(
         self,

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from couturier.components.generator.beams import likeliest
 from couturier.components.generator.packed import packed_hidden
 from couturier.components.generator.prompt import PromptBuilder, Prompts
 from couturier.components.generator.sampler import SamplerSettings, sample_codes
@@ -193,3 +194,10 @@ class LanguageGenerator(nn.Module, ABC):
         )
         with gathered(self):
             return sample_codes(self, self.prompts.build(favourites_UK), n, seeds=seeds, settings=settings).cpu()
+
+    @torch.no_grad()
+    def likeliest(self, favourites_UK: np.ndarray | Tensor, n: int, *, beams: int = 0, guidance: float = 1.0) -> Tensor:
+        """The ``n`` likeliest pictures a user, all different: codes int64 ``[U, n, L]``, the likeliest first; see
+        :func:`~couturier.components.generator.beams.likeliest`."""
+        with gathered(self):
+            return likeliest(self, self.prompts.build(favourites_UK), n, beams=beams, guidance=guidance).cpu()

@@ -188,6 +188,17 @@ class PigeonGenerator(JanusGenerator):
         # Reference by reference, so that fewer pictures than asked of the last round leave out the last references.
         return codes_VmL.unflatten(0, (users, each)).transpose(1, 2).flatten(1, 2)[:, :n].contiguous()
 
+    def likeliest(self, favourites_UK: np.ndarray | Tensor, n: int, *, beams: int = 0, guidance: float = 1.0) -> Tensor:
+        """There are none: what is likely depends on a reference that is drawn for each picture.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "Pigeon draws each picture after a reference of its own, so there are no likeliest pictures to search for. "
+            "Ask for random draws (likeliest=false, evaluate.beams=0), or align with another rl.method."
+        )
+
     def save(self, folder: Path) -> None:
         """An ordinary Janus folder, and beside it what Pigeon adds."""
         super().save(folder)

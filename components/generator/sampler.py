@@ -68,9 +68,16 @@ def sample_codes(
     Raises:
         ConfigError: ``n`` below one, or not one seed a user.
     """
+    decoder, prefix, row_BU = ready(generator, prompts, n, guidance=settings.guidance)
     length = generator.codes_per_picture
-    branches = [] if settings.guidance == 0 else [prompts]
-    if settings.guidance != 1:
+    return sample_tokens(decoder, prefix, row_BU, n, length=length, seeds=seeds, settings=settings)
+
+
+def ready(generator: LanguageGenerator, prompts: Prompts, n: int, *, guidance: float) -> tuple[Decoder, Prefix, Tensor]:
+    """What writing ``n`` pictures a user starts from: the decoder, the distinct prompts, and which of them each user
+    follows ``[B, U]``, with the history and, where guidance asks for it, without."""
+    branches = [] if guidance == 0 else [prompts]
+    if guidance != 1:
         branches.append(prompts.unconditional(generator.prompts.pad_id))
     lm, users = cast("LlamaModel", generator.lm), len(prompts.ids_UP)
     with small_work(how_many(lm.layers[0], users, len(branches) * users * n)):
@@ -78,11 +85,10 @@ def sample_codes(
         x_NPD = generator.embed_prompt(distinct)
         prefix = Prefix(x_NPD=x_NPD, mask_NP=distinct.mask_UP, position_NP=distinct.position_UP)
         embed: Callable[[Tensor], Tensor] = generator.embed_codes
-        if generator.codebook_size <= users * n * (length - 1):
+        if generator.codebook_size <= users * n * (generator.codes_per_picture - 1):
             table_KD = generator.embed_codes(torch.arange(generator.codebook_size, device=row_BU.device))
             embed = table_KD.__getitem__
-    decoder = Decoder(lm=lm, head=generator.head, embed=embed, mark=generator.embed_mark)
-    return sample_tokens(decoder, prefix, row_BU, n, length=length, seeds=seeds, settings=settings)
+    return Decoder(lm=lm, head=generator.head, embed=embed, mark=generator.embed_mark), prefix, row_BU
 
 
 @torch.no_grad()
@@ -112,22 +118,45 @@ def sample_tokens(
         raise ConfigError(f"{len(seeds)} seeds were given for {users} users; give one a user.")
     if n < 1:
         raise ConfigError(f"n is {n}; ask for at least one picture.")
-    shares = 1 if settings.compile else how_many(decoder.lm.layers[0], users, row_BU.numel() * n)
+
+    def part(own: Prefix, row_Bu: Tensor, some: slice, blocks: list[Block] | None) -> Tensor:
+        return _sample_share(
+            decoder, own, row_Bu, n, length=length, seeds=seeds[some], settings=settings, blocks=blocks
+        )
+
+    return in_shares(part, decoder, prefix, row_BU, n, length=length, compile=settings.compile)
+
+
+def in_shares(
+    part: Callable[[Prefix, Tensor, slice, list[Block] | None], Tensor],
+    decoder: Decoder,
+    prefix: Prefix,
+    row_BU: Tensor,
+    n: int,
+    *,
+    length: int,
+    compile: bool = False,
+) -> Tensor:
+    """Codes ``[U, n, length]`` that ``part`` writes for some users at a time, those of different cores side by side.
+
+    Args:
+        part: given the prompts of some users, which of them each follows, which users these are, and the layers as
+            all share them, returns their codes.
+    """
+    users = row_BU.shape[1]
+    shares = 1 if compile else how_many(decoder.lm.layers[0], users, row_BU.numel() * n)
     with small_work(shares):
         blocks = blocks_of(decoder.lm, tokens=row_BU.numel() * n * length) if shares > 1 else None
 
     def share(i: int) -> Tensor:
         some = slice(i, users, shares)  # every so many: prompts are often sorted by length
         read_N, row_Bu = row_BU[:, some].unique(return_inverse=True)
-        own = Prefix(**{name: value[read_N] for name, value in vars(prefix).items()})
-        return _sample_share(
-            decoder, own, row_Bu, n, length=length, seeds=seeds[some], settings=settings, blocks=blocks
-        )
+        return part(Prefix(**{name: value[read_N] for name, value in vars(prefix).items()}), row_Bu, some, blocks)
 
     found = side_by_side([partial(share, i) for i in range(shares)])
     codes_UnL = found[0].new_empty(users, n, length)
-    for i, part in enumerate(found):
-        codes_UnL[i::shares] = part
+    for i, codes in enumerate(found):
+        codes_UnL[i::shares] = codes
     return codes_UnL
 
 
@@ -232,15 +261,20 @@ class _Points:
         return codes_Un
 
 
+def guided(logits_BUXK: Tensor, guidance: float) -> Tensor:
+    """Logits float32 ``[U, ..., K]`` out of those with the history and, where there are two branches, without."""
+    logits_UXK = logits_BUXK[0]
+    if len(logits_BUXK) == 2:
+        logits_UXK = logits_BUXK[1] + guidance * (logits_UXK - logits_BUXK[1])
+    return logits_UXK.float()
+
+
 def _draw(logits_BUnK: Tensor, points: _Points, settings: SamplerSettings) -> Tensor:
     """One code a sample."""
     plain = settings.temperature > 0 and not settings.top_k and settings.top_p == 1
     if plain and systematic_draw.covers(logits_BUnK):
         return points.compiled(logits_BUnK, settings)
-    logits_UnK = logits_BUnK[0]
-    if len(logits_BUnK) == 2:
-        logits_UnK = logits_BUnK[1] + settings.guidance * (logits_UnK - logits_BUnK[1])
-    logits_UnK = logits_UnK.float()
+    logits_UnK = guided(logits_BUnK, settings.guidance)
     if settings.temperature == 0:
         return logits_UnK.argmax(-1)
     logits = logits_UnK / settings.temperature

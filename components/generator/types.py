@@ -116,6 +116,17 @@ class Generator(Protocol):
         user's pictures depend on that user's seed and history alone, whoever else is in the batch."""
         ...
 
+    def likeliest(self, favourites_UK: np.ndarray | Tensor, n: int, *, beams: int = 0, guidance: float = 1.0) -> Tensor:
+        """The ``n`` likeliest pictures a user, all different: codes int64 ``[U, n, L]``, the likeliest first.
+
+        Args:
+            beams: beginnings that the search keeps after each code; 0 for its own choice.
+
+        Raises:
+            ConfigError: a model that does not write codes one by one, or fewer beams than pictures.
+        """
+        ...
+
     def nats(self, favourites_UK: np.ndarray | Tensor, codes_UnL: Tensor, *, unconditional: bool = False) -> Tensor:
         """Nats a picture ``[U, n]``: how surprised the model is by these codes after each history (or after none).
         Exact for a language model, an estimate from above for a diffusion model."""

@@ -159,6 +159,13 @@ class Steps:
         )
         return x
 
+    def follow(self, from_Rn: Tensor, tokens: int) -> None:
+        """Give each sample the first ``tokens`` keys and values of another of its row ``[R, n]``."""
+        rows, n = from_Rn.shape
+        from_M = (from_Rn + n * torch.arange(rows)[:, None]).flatten()
+        for own in (self.own_k_LMGdT[..., :tokens], self.own_v_LMGTd[..., :tokens, :]):
+            own.copy_(own[:, from_M])
+
 
 def norm(x_XD: Tensor, eps: float, *, head: int, out: Tensor | None = None) -> Tensor:
     """``x / sqrt(mean(x^2) + eps)``, row by row; rows lie one after another. ``head`` as for :func:`library`."""

@@ -8,12 +8,16 @@ import math
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from polars.testing import assert_frame_equal
+from safetensors.torch import load_file
 
 from couturier.components.data.formats import Windows
 from couturier.components.evaluation import evaluate
+from couturier.components.evaluation.protocol import AT_EQUAL_NOVELTY
 from couturier.components.evaluation.samples import Samples
 from couturier.components.files import read_json
+from couturier.components.generator.types import load_generator
 from couturier.components.lineage import gate
 from couturier.components.lineage.stages import Silent, StageContext
 
@@ -23,6 +27,7 @@ INPUTS = ("sequences", "tokenise", "judge", "sft", "rl")
 ROWS = {
     "grpo", "sft", "unconditional", "wrong_user", "sft_wrong_user", "random_item", "copy_last", "copy_favourites",
     "nearest_item", "popularity", "oracle", "sft_guided", "best_of_n", "copy_favourites_eq", "popularity_eq",
+    "nearest_item_eq",
 }  # fmt: skip
 METRICS = {
     "basket_precision", "distinct_hits", "basket_precision_new", "hit@10", "hit@20", "hit@50", "ndcg@10",
@@ -67,7 +72,7 @@ def test_controls_do_what_their_names_say(table: dict[str, dict[str, list[float]
 def test_equal_novelty_is_equal_in_every_window(frame: pl.DataFrame) -> None:
     for metric in ("copied", "distinct"):
         found = frame.filter(pl.col("metric") == metric).pivot("row", index=["user_id", "window"], values="value")
-        for row in ("copy_favourites_eq", "popularity_eq"):
+        for row in AT_EQUAL_NOVELTY:
             assert np.allclose(found[row], found["grpo"]), (metric, row)
 
 
@@ -161,6 +166,16 @@ def test_fewer_users_get_the_pictures_they_always_get(made: Made, frame: pl.Data
     assert few["user_id"].n_unique() == 4
     alone = few.filter(pl.col("metric").is_in(["basket_precision", "novelty"]) & (pl.col("row") == "grpo"))
     assert_frame_equal(alone, alone.drop("value").join(frame, on=["row", "user_id", "window", "metric"]))
+
+
+def test_likeliest_pictures_instead_of_random_ones(made: Made) -> None:
+    some = made.context("beams", dataclasses.replace(QUICK, beams=12, best_of=1), *INPUTS)
+    evaluate.run(some)
+    drawn = load_file(some.scratch / "drawn" / "grpo.safetensors")["codes"]
+    assert all(len(codes.unique(dim=0)) == QUICK.pictures for codes in drawn)
+    generator = load_generator(made.inputs["rl"] / "model")
+    test = Windows.load(made.inputs["sequences"], "test")
+    assert torch.equal(drawn[0], generator.likeliest(test.favourites_WK[:1], QUICK.pictures, beams=12)[0])
 
 
 def test_the_gate_can_read_it(frame: pl.DataFrame) -> None:

@@ -124,13 +124,16 @@ def test_the_nearest_item_to_a_history_of_one_item_is_that_item(made: Made, plan
 def test_equal_novelty_and_equal_repeats_with_the_best_items_shown_most(world: World, plan: Plan) -> None:
     random = np.random.default_rng(0)
     shown = torch.from_numpy(random.choice(ITEMS // 2, (len(plan), N)))  # few items: many repeats
-    for by_popularity in (False, True):
-        control = protocol.at_equal_novelty(world, shown, by_popularity=by_popularity)
+    selling = world.popular_I.tolist()
+    near_VI = protocol.likeness(world).argsort(dim=1, descending=True, stable=True).tolist()
+    for rule in protocol.AT_EQUAL_NOVELTY:
+        control = protocol.at_equal_novelty(world, shown, rule)
         assert control.shape == shown.shape
         for v, history_I in enumerate(world.truth.history_VI.tolist()):
             favourites = [i for i in plan.favourites_VK[v].tolist() if i >= 0]
-            old = sorted(favourites, key=world.popular_I.tolist().index) if by_popularity else favourites
-            new = [i for i in world.popular_I.tolist() if not history_I[i]]
+            order = near_VI[v] if rule == "nearest_item_eq" else selling
+            old = favourites if rule == "copy_favourites_eq" else sorted(favourites, key=order.index)
+            new = [i for i in order if not history_I[i]]
             for group, ranked in ((True, old), (False, new)):
                 wanted = sorted(Counter(i for i in shown[v].tolist() if history_I[i] == group).values(), reverse=True)
                 given = Counter(i for i in control[v].tolist() if history_I[i] == group)

@@ -234,6 +234,11 @@ def test_settings_out_of_range_are_refused(diffusion: DiffusionGenerator, argume
         diffusion.sample(nobody(1), **arguments)
 
 
+def test_there_is_no_search_for_the_likeliest(diffusion: DiffusionGenerator) -> None:
+    with pytest.raises(ConfigError, match="evaluate.beams=0"):
+        diffusion.likeliest(nobody(1), 2)
+
+
 def test_errors_name_what_is_wrong(diffusion: DiffusionGenerator, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="outside the catalogue of 40"):
         diffusion.condition(np.array([[99]]))

@@ -30,6 +30,7 @@ from couturier.components.generator.tokenise import pictures, published_codec
 from couturier.components.generator.types import load_generator
 
 from .published import CODEBOOK, publish_emu3
+from .test_beams import searched
 
 EDGE, PIXELS = 3, 12
 HISTORY = np.array([[1, 2], [3, -1]])
@@ -122,6 +123,12 @@ def test_the_sampler_draws_what_the_model_finds_likely(generator: Emu3Generator)
     assert torch.equal(guided, (free + 2 * (own - free)).argmax(-1))
     alone = generator.sample(HISTORY[1:], 3, seeds=[2])
     assert torch.equal(alone[0], generator.sample(HISTORY, 3, seeds=[1, 2])[1])
+
+
+def test_the_likeliest_pictures_are_found_past_the_marks_between_rows(generator: Emu3Generator) -> None:
+    found = generator.likeliest(HISTORY, 3, beams=12)
+    for codes_nL, history_K in zip(found, HISTORY, strict=True):
+        assert torch.equal(codes_nL, searched(generator, history_K, 12)[:3])
 
 
 def test_the_history_is_read(generator: Emu3Generator) -> None:

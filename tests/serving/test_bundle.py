@@ -65,6 +65,15 @@ def test_every_setting_matters(bundle, other):
     assert not {picture.id for picture in plain} & {picture.id for picture in changed}
 
 
+def test_the_likeliest_pictures_differ_and_owe_nothing_to_chance(bundle):
+    history = bundle.history_of("user-03")
+    one, other = (bundle.generate([history], Sampling(n=6, seed=seed, likeliest=True))[0] for seed in (1, 2))
+    assert np.array_equal(pixels(one), pixels(other)) and [p.id for p in one] == [p.id for p in other]
+    assert len({picture.rgb_HWC.tobytes() for picture in one}) == 6
+    drawn = bundle.generate([history], Sampling(n=6, seed=1))[0]
+    assert not {picture.id for picture in one} & {picture.id for picture in drawn}
+
+
 def test_people_in_one_batch_do_not_disturb_each_other(bundle):
     histories = [bundle.history_of(user) for user in bundle.users[:4]]
     sampling = Sampling(n=2, seed=5)

@@ -53,6 +53,12 @@ def test_the_same_bytes_over_http_and_in_process(client, bundle):
     assert answer["attribution"] == bundle.catalogue.attribution
 
 
+def test_the_likeliest_pictures_over_http(client, bundle):
+    answer = client.generate(user_id="user-05", n=3, likeliest=True)
+    here = bundle.generate([bundle.history_of("user-05")], Sampling(n=3, likeliest=True))[0]
+    assert pngs(answer) == [png_bytes(picture.rgb_HWC) for picture in here]
+
+
 def test_titles_are_the_items_own_unless_asked_for(client, bundle):
     answer = client.generate(user_id="user-05", n=2, seed=42)
     assert [(p["title"], p["titled_by"]) for p in answer["pictures"]] == [
