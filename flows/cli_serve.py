@@ -31,6 +31,9 @@ def generate(
             "--likeliest", help="The likeliest pictures, all different, the surest first, instead of random draws."
         ),
     ] = False,
+    new: Annotated[
+        bool, typer.Option("--new", help="The likeliest pictures that are none of the history's own items.")
+    ] = False,
     folder: Annotated[Path, typer.Option("--out", help="Where to write the PNGs.")] = Path("pictures"),
     scale: Annotated[int, typer.Option(min=1, help="Screen pixels for each pixel drawn.")] = 4,
     model: Model = "champion",
@@ -47,7 +50,7 @@ def generate(
     Examples: \\
     `couturier generate --user 1023 --n 8 --out pictures` \\
     `couturier generate --history 17,204,9 --guidance 2` \\
-    `couturier generate --user 1023 --n 10 --likeliest` \\
+    `couturier generate --user 1023 --n 10 --new` \\
     `couturier generate --user 1023 --titles`
     """
     need("mlflow", extra="train", verb="generate")
@@ -56,7 +59,7 @@ def generate(
     done = draw(
         user=user, history=history, n=n, guidance=guidance, temperature=temperature, seed=seed, folder=folder,
         scale=scale, model=model, titles=writer if titles else "",
-        likeliest=likeliest,
+        likeliest=likeliest, new=new,
     )  # fmt: skip
     if json:
         emit(done)

@@ -34,11 +34,13 @@ def draw(
     model: str,
     titles: str = "",
     likeliest: bool = False,
+    new: bool = False,
 ) -> dict[str, Any]:
     """Draw ``n`` pictures for a user, or for item ids, and write them with a grid into ``folder``.
 
     Args:
         likeliest: the likeliest pictures, all different, instead of random draws.
+        new: the same, passing over what the history holds.
         titles: who proposes titles (``TitleConfig.writer``); empty for the nearest items' own ones.
 
     Returns:
@@ -51,7 +53,7 @@ def draw(
     """
     if bool(user) == bool(history):
         raise ConfigError("name whom to draw for: either --user ID or --history ITEM,ITEM,… (item ids with commas).")
-    sampling = Sampling(n=n, guidance=guidance, temperature=temperature, seed=seed, likeliest=likeliest)
+    sampling = Sampling(n=n, guidance=guidance, temperature=temperature, seed=seed, likeliest=likeliest or new, new=new)
     workspace = Workspace.find()
     version = version_in_use(workspace, model)
     bundle = Bundle.load(bundle_folder(workspace, version))

@@ -12,6 +12,7 @@ Shapes: U users, N pictures, I catalogue items, C candidates, D feature width, K
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import json
@@ -30,6 +31,7 @@ from couturier.components.data.formats import Catalogue, Windows
 from couturier.components.errors import ConfigError, LineageError, UnknownUserError
 from couturier.components.files import read_json, write_json
 from couturier.components.generator.codec import Codec, load_codec
+from couturier.components.generator.tokenise import pictures
 from couturier.components.generator.types import Generator, load_generator
 from couturier.components.interest.base import ContentJudge
 from couturier.components.interest.encoder import word_bags
@@ -173,7 +175,8 @@ class Bundle:
 
     def _codes(self, favourites_UK: Tensor, sampling: Sampling) -> Tensor:
         if sampling.likeliest:
-            return self.generator.likeliest(favourites_UK, sampling.n, guidance=sampling.guidance)
+            had_UKL = self._had(favourites_UK) if sampling.new else None
+            return self.generator.likeliest(favourites_UK, sampling.n, guidance=sampling.guidance, without_UmL=had_UKL)
         return self.generator.sample(
             favourites_UK,
             sampling.n,
@@ -181,6 +184,13 @@ class Bundle:
             temperature=sampling.temperature,
             seeds=[sampling.seed] * len(favourites_UK),
         )
+
+    def _had(self, favourites_UK: Tensor) -> Tensor:
+        """Codes of histories ``[U, K, L]``, -1 where there is none."""
+        known_M, where = favourites_UK.clamp_min(0).unique(return_inverse=True)
+        known = dataclasses.replace(self.catalogue, rgb_IHWC=self.catalogue.rgb_IHWC[known_M.numpy()])
+        codes_ML = self.codec.encode(pictures(known, self.codec.picture_size))
+        return codes_ML[where].masked_fill((favourites_UK < 0)[..., None], -1)
 
     def nearest(self, rgb_N3HW: Tensor) -> list[int]:
         """The catalogue row whose picture the judge's eyes find most alike, for each picture."""
@@ -208,7 +218,7 @@ class Bundle:
         ids = self.catalogue.item_ids
         how: list[float | str] = [sampling.n, sampling.guidance, sampling.temperature, sampling.seed]
         if sampling.likeliest:
-            how = [sampling.n, sampling.guidance, "likeliest"]
+            how = [sampling.n, sampling.guidance, "likeliest, new" if sampling.new else "likeliest"]
         recipe = {
             "bundle": self.version["bundle"],
             "history": [ids[i] for i in history.items],

@@ -68,6 +68,7 @@ class GenerateForm(_About):
         description="The likeliest pictures, all different, the surest first, instead of random draws; temperature "
         "and seed change nothing then.",
     )
+    new: bool = Field(default=False, description="With likeliest: pass over pictures of the history's own items.")
     titles: bool = Field(default=False, description="Choose each picture's title for this person.")
 
     def sampling(self) -> Sampling:
@@ -77,6 +78,7 @@ class GenerateForm(_About):
             temperature=self.temperature,
             seed=self.seed,
             likeliest=self.likeliest,
+            new=self.new,
         )
 
 

@@ -32,12 +32,18 @@ class Sampling:
     likeliest: bool = False
     """The likeliest pictures, all different, the surest first, instead of random draws: ``temperature`` and ``seed``
     change nothing then."""
+    new: bool = False
+    """With ``likeliest``: pictures of the history's own items are passed over."""
 
     def __post_init__(self) -> None:
         _within("n", self.n, 1, MAX_PICTURES)
         _within("guidance", self.guidance, *GUIDANCE)
         _within("temperature", self.temperature, *TEMPERATURE)
         _within("seed", self.seed, 0, MAX_SEED)
+        if self.new and not self.likeliest:
+            raise ConfigError(
+                "new is True without likeliest; only the likeliest pictures can be told from what was had."
+            )
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:

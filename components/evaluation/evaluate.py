@@ -64,7 +64,7 @@ DIFFERENCES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """How much is measured, and what the sampling-time rivals of RL may use."""
+    """How much is measured, how pictures are drawn, and what the sampling-time rivals of RL may use."""
 
     seed: int = 0
     threads: int = 2
@@ -79,6 +79,8 @@ class Config:
     beams: int = 0
     """Above 0 the rows of generators, but for ``best_of_n``'s further samples, show each person's likeliest pictures,
     all different, found by a beam search that keeps so many beginnings, instead of random draws."""
+    new: bool = False
+    """With ``beams``: these rows pass over what the person's history holds."""
     guidance: float = 3.0
     """Of the row ``sft_guided``."""
     guided_temperature: float = 0.8
@@ -129,6 +131,7 @@ class _Evaluation:
             pictures=config.pictures,
             batch=config.batch,
             beams=config.beams,
+            new=config.new,
             drawn=drawn,
             advance=ctx.progress.advance,
         )

@@ -131,6 +131,7 @@ class World:
         pictures: n.
         batch: windows sampled at once.
         beams: how many beginnings a beam search keeps for the likeliest pictures; 0 for random draws.
+        new: with beams, what the windows' true histories hold is passed over.
         drawn: a folder in which finished draws are kept, and found again after a kill; None keeps nothing.
         advance: called with the number of windows done.
     """
@@ -145,11 +146,12 @@ class World:
         pictures: int,
         batch: int,
         beams: int = 0,
+        new: bool = False,
         drawn: Path | None,
         advance: Callable[[int], None],
     ) -> None:
         self.catalogue, self.plan, self.n, self.batch = catalogue, plan, pictures, batch
-        self.beams = beams
+        self.beams, self.new = beams, new
         self.drawn, self.advance = drawn, advance
         self.codec = load_codec(tokenise / "codec")
         self.codes_IL = load_file(tokenise / "codes.safetensors")["codes_IL"]
@@ -191,7 +193,15 @@ class World:
         for some in at.split(self.batch):
             given = histories[some.numpy()]
             if self.beams and not stream:
-                parts.append(generator.likeliest(given, n or self.n, beams=self.beams, guidance=guidance))
+                parts.append(
+                    generator.likeliest(
+                        given,
+                        n or self.n,
+                        beams=self.beams,
+                        guidance=guidance,
+                        without_UmL=self._had(some) if self.new else None,
+                    )
+                )
                 self.advance(len(some))
                 continue
             seeds = [self.plan.seeds[v] for v in some.tolist()]
@@ -210,6 +220,11 @@ class World:
             with written_beside(path) as beside:
                 save_file({"codes": codes}, beside)
         return codes
+
+    def _had(self, windows_V: Tensor) -> Tensor:
+        """Codes of the histories of some windows ``[V, K, L]``, -1 where there is none."""
+        favourites_VK = torch.from_numpy(self.plan.favourites_VK[windows_V.numpy()].astype(np.int64))
+        return self.codes_IL[favourites_VK.clamp_min(0)].masked_fill((favourites_VK < 0)[..., None], -1)
 
     def look(self, codes_VnL: Tensor) -> Tensor:
         """The finder's rows ``[V, n]`` of drawn pictures."""

@@ -32,28 +32,42 @@ BEAMS_A_PICTURE = 3
 
 @torch.no_grad()
 def likeliest(
-    generator: LanguageGenerator, prompts: Prompts, n: int, *, beams: int = 0, guidance: float = 1.0
+    generator: LanguageGenerator,
+    prompts: Prompts,
+    n: int,
+    *,
+    beams: int = 0,
+    guidance: float = 1.0,
+    without_UmL: Tensor | None = None,
 ) -> Tensor:
     """Codes int64 ``[U, n, L]``, the likeliest first.
 
     Args:
-        beams: beginnings kept after each code; 0 for :data:`BEAMS_A_PICTURE` times ``n``.
+        beams: beginnings kept after each code; 0 for :data:`BEAMS_A_PICTURE` times ``n`` and what is passed over.
+        without_UmL: pictures that are passed over, each user's own; a row of -1 is none.
         guidance: as in sampling; the search then is for what is likeliest under guidance.
 
     Raises:
         ConfigError: ``n`` below one, more than there are different pictures, or fewer beams than pictures.
     """
-    beams, length = beams or BEAMS_A_PICTURE * n, generator.codes_per_picture
+    passed_over = 0 if without_UmL is None else without_UmL.shape[1]
+    beams, length = beams or BEAMS_A_PICTURE * (n + passed_over), generator.codes_per_picture
     if n < 1 or n > generator.codebook_size**length:
         raise ConfigError(f"n is {n}; ask for at least one picture, and for no more than there are different ones.")
-    if beams < n:
-        raise ConfigError(f"beams is {beams} for {n} pictures; keep at least as many beginnings as pictures.")
+    if beams < n + passed_over:
+        beside = f", {passed_over} of the history that are passed over" if passed_over else ""
+        raise ConfigError(f"beams is {beams} for {n} pictures{beside}; keep at least {n + passed_over} beginnings.")
     decoder, prefix, row_BU = ready(generator, prompts, beams, guidance=guidance)
 
     def part(own: Prefix, row_Bu: Tensor, some: slice, blocks: list[Block] | None) -> Tensor:
         return _search(decoder, own, row_Bu, beams, length=length, guidance=guidance, blocks=blocks)
 
-    return in_shares(part, decoder, prefix, row_BU, beams, length=length)[:, :n]
+    codes_UbL = in_shares(part, decoder, prefix, row_BU, beams, length=length)
+    if without_UmL is not None:
+        same_Ub = (codes_UbL[:, :, None] == without_UmL.to(codes_UbL.device)[:, None]).all(-1).any(-1)
+        kept_Ub = same_Ub.long().argsort(dim=1, stable=True)  # what is passed over goes behind all others
+        codes_UbL = codes_UbL.gather(1, kept_Ub[..., None].expand_as(codes_UbL))
+    return codes_UbL[:, :n]
 
 
 def _search(

@@ -145,7 +145,15 @@ class DiffusionGenerator(Denoiser):
         """Nats a picture ``[U]``; see :meth:`nats`."""
         return self.nats(favourites_UK, codes_UL[:, None], unconditional=unconditional)[:, 0]
 
-    def likeliest(self, favourites_UK: np.ndarray | Tensor, n: int, *, beams: int = 0, guidance: float = 1.0) -> Tensor:
+    def likeliest(
+        self,
+        favourites_UK: np.ndarray | Tensor,
+        n: int,
+        *,
+        beams: int = 0,
+        guidance: float = 1.0,
+        without_UmL: Tensor | None = None,
+    ) -> Tensor:
         """There are none that could be found.
 
         Raises:

@@ -196,8 +196,17 @@ class LanguageGenerator(nn.Module, ABC):
             return sample_codes(self, self.prompts.build(favourites_UK), n, seeds=seeds, settings=settings).cpu()
 
     @torch.no_grad()
-    def likeliest(self, favourites_UK: np.ndarray | Tensor, n: int, *, beams: int = 0, guidance: float = 1.0) -> Tensor:
+    def likeliest(
+        self,
+        favourites_UK: np.ndarray | Tensor,
+        n: int,
+        *,
+        beams: int = 0,
+        guidance: float = 1.0,
+        without_UmL: Tensor | None = None,
+    ) -> Tensor:
         """The ``n`` likeliest pictures a user, all different: codes int64 ``[U, n, L]``, the likeliest first; see
         :func:`~couturier.components.generator.beams.likeliest`."""
         with gathered(self):
-            return likeliest(self, self.prompts.build(favourites_UK), n, beams=beams, guidance=guidance).cpu()
+            prompts = self.prompts.build(favourites_UK)
+            return likeliest(self, prompts, n, beams=beams, guidance=guidance, without_UmL=without_UmL).cpu()

@@ -188,7 +188,15 @@ class PigeonGenerator(JanusGenerator):
         # Reference by reference, so that fewer pictures than asked of the last round leave out the last references.
         return codes_VmL.unflatten(0, (users, each)).transpose(1, 2).flatten(1, 2)[:, :n].contiguous()
 
-    def likeliest(self, favourites_UK: np.ndarray | Tensor, n: int, *, beams: int = 0, guidance: float = 1.0) -> Tensor:
+    def likeliest(
+        self,
+        favourites_UK: np.ndarray | Tensor,
+        n: int,
+        *,
+        beams: int = 0,
+        guidance: float = 1.0,
+        without_UmL: Tensor | None = None,
+    ) -> Tensor:
         """There are none: what is likely depends on a reference that is drawn for each picture.
 
         Raises:

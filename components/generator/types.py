@@ -116,11 +116,20 @@ class Generator(Protocol):
         user's pictures depend on that user's seed and history alone, whoever else is in the batch."""
         ...
 
-    def likeliest(self, favourites_UK: np.ndarray | Tensor, n: int, *, beams: int = 0, guidance: float = 1.0) -> Tensor:
+    def likeliest(
+        self,
+        favourites_UK: np.ndarray | Tensor,
+        n: int,
+        *,
+        beams: int = 0,
+        guidance: float = 1.0,
+        without_UmL: Tensor | None = None,
+    ) -> Tensor:
         """The ``n`` likeliest pictures a user, all different: codes int64 ``[U, n, L]``, the likeliest first.
 
         Args:
             beams: beginnings that the search keeps after each code; 0 for its own choice.
+            without_UmL: pictures that are passed over, each user's own; a row of -1 is none.
 
         Raises:
             ConfigError: a model that does not write codes one by one, or fewer beams than pictures.

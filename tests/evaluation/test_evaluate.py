@@ -176,6 +176,13 @@ def test_likeliest_pictures_instead_of_random_ones(made: Made) -> None:
     generator = load_generator(made.inputs["rl"] / "model")
     test = Windows.load(made.inputs["sequences"], "test")
     assert torch.equal(drawn[0], generator.likeliest(test.favourites_WK[:1], QUICK.pictures, beams=12)[0])
+    new = made.context("new beams", dataclasses.replace(QUICK, beams=30, best_of=1, new=True), *INPUTS)
+    evaluate.run(new)
+    codes_IL = load_file(made.inputs["tokenise"] / "codes.safetensors")["codes_IL"]
+    drawn = load_file(new.scratch / "drawn" / "wrong_user.safetensors")["codes"]
+    favourites = test.favourites_WK[0]
+    had = codes_IL[favourites[favourites >= 0].astype(int)]
+    assert not (drawn[0][:, None] == had).all(-1).any()
 
 
 def test_the_gate_can_read_it(frame: pl.DataFrame) -> None:

@@ -40,7 +40,7 @@ SURFACE = {
     "rollback": {"--who", "--why", JSON},
     "generate": {
         "--user", "--history", "--n", "--guidance", "--temperature", "--seed", "--out", "--scale", "--model",
-        "--titles", "--writer", JSON,
+        "--titles", "--writer", "--likeliest", "--new", JSON,
     },
     "serve": {"--port", "--model", JSON},
     "up": {"--prefect-port", "--mlflow-port", "--port", "--schedule", "--recipe", "--set", JSON},

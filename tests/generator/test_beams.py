@@ -94,8 +94,19 @@ def test_nobody_else_in_the_batch_matters_nor_how_many_threads(
             assert all(torch.equal(alone, one) for one in together[place * 20 : place * 20 + 20])
 
 
+def test_what_was_had_is_passed_over_and_the_next_takes_its_place(
+    generator: JanusGenerator, histories: np.ndarray
+) -> None:
+    whole = generator.likeliest(histories, 8, beams=40)
+    had = torch.stack([whole[:, 0], whole[:, 3], torch.full_like(whole[:, 0], -1)], 1)
+    rest = generator.likeliest(histories, 6, beams=40, without_UmL=had)
+    assert torch.equal(rest, whole[:, [1, 2, 4, 5, 6, 7]])
+
+
 def test_more_pictures_than_beams_is_said(generator: JanusGenerator, histories: np.ndarray) -> None:
     with pytest.raises(ConfigError, match="beams is 3 for 4 pictures"):
         generator.likeliest(histories, 4, beams=3)
     with pytest.raises(ConfigError, match="n is 0"):
         generator.likeliest(histories, 0)
+    with pytest.raises(ConfigError, match="1 of the history that are passed over; keep at least 5"):
+        generator.likeliest(histories, 4, beams=4, without_UmL=torch.zeros(3, 1, 4, dtype=torch.long))

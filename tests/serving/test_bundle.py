@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from couturier.components.data.formats import Windows
 from couturier.components.errors import ConfigError, LineageError, UnknownUserError
@@ -72,6 +73,25 @@ def test_the_likeliest_pictures_differ_and_owe_nothing_to_chance(bundle):
     assert len({picture.rgb_HWC.tobytes() for picture in one}) == 6
     drawn = bundle.generate([history], Sampling(n=6, seed=1))[0]
     assert not {picture.id for picture in one} & {picture.id for picture in drawn}
+
+
+def test_new_pictures_are_none_of_the_history(bundle, made, monkeypatch):
+    codes_IL = load_file(made.inputs["tokenise"] / "codes.safetensors")["codes_IL"]
+    history = bundle.history_of("user-03")
+    asked = []
+    search = bundle.generator.likeliest
+
+    def listening(favourites_UK, n, **how):
+        asked.append(how["without_UmL"])
+        return search(favourites_UK, n, **how)
+
+    monkeypatch.setattr(bundle.generator, "likeliest", listening)
+    new = bundle.generate([history], Sampling(n=6, likeliest=True, new=True))[0]
+    had_KL = asked[0][0]
+    assert torch.equal(had_KL[: len(history.items)], codes_IL[list(history.items)])
+    assert (had_KL[len(history.items) :] == -1).all()
+    every = bundle.generate([history], Sampling(n=6, likeliest=True))
+    assert asked[1] is None and not {picture.id for picture in every[0]} & {picture.id for picture in new}
 
 
 def test_people_in_one_batch_do_not_disturb_each_other(bundle):

@@ -14,3 +14,8 @@ def test_a_value_outside_its_range_is_named(wrong):
 
 def test_the_bounds_themselves_are_fine():
     Sampling(n=64, guidance=0.0, temperature=0.0, seed=MAX_SEED)
+
+
+def test_new_needs_likeliest():
+    with pytest.raises(ConfigError, match="new is True without likeliest"):
+        Sampling(new=True)
