@@ -11,6 +11,7 @@ import torch
 from couturier.components.alignment.prospect import COLUMNS, Prospect, ProspectConfig
 from couturier.components.alignment.rewards import membership
 from couturier.components.data.formats import Windows
+from couturier.components.errors import ConfigError
 from couturier.components.interest import fit
 from couturier.components.interest.judge import load_judge
 
@@ -71,3 +72,35 @@ def test_the_same_seed_gives_the_same_bits_and_the_state_is_all_there_is(fresh: 
     assert torch.equal(fresh.fit(train, CONFIG, seed=1).logits(train, rows), first)
     fresh.fit(train, CONFIG, seed=2).load(state)
     assert torch.equal(fresh.logits(train, rows), first)
+
+
+NETWORK = ProspectConfig(windows=180, others_share=0.5, hidden=8, batch=256, lr=1e-2)
+
+
+def test_the_network_finds_who_takes_what_too(fresh: Prospect, world: Path, train: Windows) -> None:
+    prospect = fresh.fit(train, NETWORK, seed=0)
+    test = Windows.load(world / "sequences", "test")
+    p = prospect.logits(test, np.arange(len(test))).sigmoid()
+    kind_U = torch.from_numpy(test.favourites_WK[:, 0].astype(np.int64)) % KINDS
+    own_UI = kind_U[:, None] == torch.arange(ITEMS) % KINDS
+    assert p[own_UI].mean() == pytest.approx(1 / 3, abs=0.1)
+    assert p[~own_UI].mean() < 0.05
+
+
+def test_the_network_is_the_same_by_seed_and_whole_in_its_state(fresh: Prospect, train: Windows) -> None:
+    rows = np.arange(5)
+    first = fresh.fit(train, NETWORK, seed=1).logits(train, rows)
+    state = {name: value.clone() for name, value in fresh.state().items()}
+    assert torch.equal(fresh.fit(train, NETWORK, seed=1).logits(train, rows), first)
+    plain = fresh.fit(train, CONFIG, seed=2).logits(train, rows)
+    assert not torch.equal(plain, first)
+    fresh.load(state)
+    assert torch.equal(fresh.logits(train, rows), first)
+    fresh.fit(train, CONFIG, seed=2)
+    assert torch.equal(fresh.logits(train, rows), plain)
+
+
+@pytest.mark.parametrize(("name", "value"), [("hidden", -1), ("windows", 0), ("others_share", 0.0)])
+def test_settings_out_of_range_are_named(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"rl.prospect.{name} is {value}"):
+        ProspectConfig(**{name: value})  # type: ignore[arg-type]

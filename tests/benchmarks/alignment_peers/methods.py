@@ -39,21 +39,34 @@ from . import ceiling
 
 BASE, ALIGNED = "base", "grpo"
 """``ALIGNED`` is what the evaluation calls the row of stage ``rl``, whatever its method."""
+_LIKELIEST = (
+    "rl.distil.contrast=0",
+    "rl.distil.contrast_new=0",
+    "rl.distil.sharpness=1.5",
+    "rl.distil.sharpness_new=1.5",
+    "rl.prospect.hidden=32",
+    "rl.prospect.windows=6000",
+    "rl.prospect.others_share=0.05",
+    "evaluate.beams=96",
+)
 VARIANTS = {
     "grpo_credit": ("grpo", ("rl.grpo.credit.kind=coupled",)),
     "grpo_random_credit": ("grpo", ("rl.grpo.credit.kind=random",)),
+    "imitation_new": ("imitation", (*_LIKELIEST, "evaluate.new=true")),
     "dpo_none": ("dpo", ("rl.dpo.share=0.01", "rl.dpo.weight=0")),
     "dpo_1_percent": ("dpo", ("rl.dpo.share=0.01",)),
     "dpo_5_percent": ("dpo", ("rl.dpo.share=0.05",)),
 }
 """Rows that are a method with one option turned: its name and settings. Those of ``dpo`` ask how much of the gain over
-none is left when one sample in a hundred gets a pair (OneRec: as good as five)."""
+none is left when one sample in a hundred gets a pair (OneRec: as good as five). ``imitation_new`` imitates what will
+be taken, not what this person takes oftener than others, with a prospect that knows what follows what, and shows its
+ten likeliest pictures of what is new to the person, each once: equal novelty where nothing can be copied."""
 FAMILIES = {"ppd": ("sft.generator.family=diffusion", "sft.lr=2e-3", "evaluate.best_of=1")}
 """Methods of another family than the workspace's: how it is fine-tuned, and what of its evaluation nobody reads."""
 SHARED_ROWS = ("sft", "sft_guided", "best_of_n", "popularity", "copy_favourites", "nearest_item", "oracle")
 FINE_TUNED_ROWS = ("sft", "sft_wrong_user", "unconditional", "sft_guided", "best_of_n")
 """What an evaluation draws from the model before alignment: the same for every method."""
-AGAINST = ("wrong_user", "popularity_eq", "copy_favourites_eq")
+AGAINST = ("wrong_user", "popularity_eq", "copy_favourites_eq", "nearest_item_eq")
 """Controls that belong to each aligned model: another person's pictures from it, and real items that are shown as much
 anew, and repeated as much, as its own."""
 PRECISION = "basket_precision"
@@ -296,7 +309,8 @@ def markdown(found: dict[str, Any], facts: dict[str, Any]) -> str:
     lines += [
         "",
         "Basket precision of each method less its own controls: the pictures it draws for somebody else, and real "
-        "items (by popularity, of the favourites) as new to the person and as often repeated as its own:",
+        "items (by popularity, of the favourites, nearest to the history) as new to the person and as often repeated "
+        "as its own:",
         "",
     ]
     lines += ["| row | " + " | ".join(AGAINST) + " |", "|---|" + "---:|" * len(AGAINST)]
