@@ -78,7 +78,7 @@ def samples(catalogue: Catalogue) -> Samples:
 @pytest.fixture(scope="module")
 def table() -> dict[str, Any]:
     rows = {row: {metric: [0.1 + 0.01 * at, 0.05, 0.2] for metric in METRICS} for at, row in enumerate(ROWS)}
-    rows["copy_favourites_eq"]["judge"] = [float("nan")] * 3
+    rows["nearest_item_eq"]["judge"] = [float("nan")] * 3
     return {
         "table": rows,
         "differences": {
@@ -174,7 +174,7 @@ def test_the_best_is_marked_by_its_direction_and_the_oracle_does_not_compete(tex
     names = list(METRICS)
     rising = [n for n, name in enumerate(names) if METRICS[name][2] == 1 and name != "judge"]
     falling = [n for n, name in enumerate(names) if METRICS[name][2] == -1]
-    assert best["oracle"] == [] and best["grpo"] == falling and best["copy_favourites_eq"] == rising
+    assert best["oracle"] == [] and best["grpo"] == falling and best["nearest_item_eq"] == rising
 
 
 def test_hostile_words_stay_words(text: str, page: Page) -> None:
