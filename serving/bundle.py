@@ -30,8 +30,7 @@ from torch import Tensor
 from couturier.components.data.formats import Catalogue, Windows
 from couturier.components.errors import ConfigError, LineageError, UnknownUserError
 from couturier.components.files import read_json, write_json
-from couturier.components.generator.codec import Codec, load_codec
-from couturier.components.generator.tokenise import pictures
+from couturier.components.generator.codec import Codec, load_codec, pictures
 from couturier.components.generator.types import Generator, load_generator
 from couturier.components.interest.base import ContentJudge
 from couturier.components.interest.encoder import word_bags

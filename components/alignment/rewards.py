@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from couturier.components.data.formats import Catalogue
-from couturier.components.generator.codec import Codec
-from couturier.components.generator.tokenise import pictures
+from couturier.components.generator.codec import Codec, pictures
 from couturier.components.interest.types import Judge
 
 _CHUNK = 16

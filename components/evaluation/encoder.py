@@ -21,8 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from couturier.components.data.formats import Catalogue
 from couturier.components.errors import MissingExtraError
 from couturier.components.evaluation.torch_archive import read_state_dict
-from couturier.components.generator.codec import Codec
-from couturier.components.generator.tokenise import pictures
+from couturier.components.generator.codec import Codec, pictures
 from couturier.components.runtime import seeded
 
 NAME = "efficientnet-lite0"

@@ -33,7 +33,8 @@ from couturier.components.evaluation.statistics import (
     user_means,
 )
 from couturier.components.files import read_json, write_json
-from couturier.components.generator.tokenise import codec_quality, pictures
+from couturier.components.generator.codec import pictures
+from couturier.components.generator.tokenise import codec_quality
 from couturier.components.generator.types import load_generator
 from couturier.components.lineage.provenance import code_commit
 from couturier.components.lineage.stages import FACTS, StageContext

@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from couturier.components.data.formats import Catalogue
 from couturier.components.errors import ConfigError, LineageError
 from couturier.components.files import read_json, write_json
 
@@ -207,6 +209,14 @@ def load_codec(folder: Path) -> Codec:
     raise LineageError(
         f"codec kind {facts['kind']!r} in {path} is unknown; known are 'patch_vq', 'janus_vq' and 'emu3_vq'."
     )
+
+
+def pictures(catalogue: Catalogue, size: int) -> Tensor:
+    """Catalogue pictures float ``[I, 3, size, size]`` in [0, 1]."""
+    rgb = torch.from_numpy(np.array(catalogue.rgb_IHWC)).permute(0, 3, 1, 2).float() / 255
+    if rgb.shape[-1] != size:
+        rgb = F.interpolate(rgb, (size, size), mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
+    return rgb
 
 
 def psnr_db(a_N3HW: Tensor, b_N3HW: Tensor) -> Tensor:

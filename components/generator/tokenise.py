@@ -19,7 +19,7 @@ from transformers import JanusVisionConfig, JanusVisionModel
 
 from couturier.components.data.formats import Catalogue
 from couturier.components.files import write_json
-from couturier.components.generator.codec import Codec, PatchVQ, PatchVQConfig, psnr_db
+from couturier.components.generator.codec import Codec, PatchVQ, PatchVQConfig, pictures, psnr_db
 from couturier.components.lineage.checkpoints import (
     Checkpoints,
     generator_tensor,
@@ -97,14 +97,6 @@ def published_codec(base: str, *, pixels: int) -> Codec:
     from couturier.components.generator.janus_codec import JanusCodec
 
     return JanusCodec.published(base)
-
-
-def pictures(catalogue: Catalogue, size: int) -> Tensor:
-    """Catalogue pictures float ``[I, 3, size, size]`` in [0, 1]."""
-    rgb = torch.from_numpy(np.array(catalogue.rgb_IHWC)).permute(0, 3, 1, 2).float() / 255
-    if rgb.shape[-1] != size:
-        rgb = F.interpolate(rgb, (size, size), mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
-    return rgb
 
 
 def codec_quality(codec: Codec, codes_IL: Tensor, rgb_I3HW: Tensor) -> dict[str, float]:

@@ -10,8 +10,8 @@ import torch
 
 from couturier.components.alignment.watch import Watch, WatchConfig
 from couturier.components.data.formats import Catalogue, Windows
-from couturier.components.generator.codec import PatchVQConfig, load_codec
-from couturier.components.generator.tokenise import Config, pictures, run
+from couturier.components.generator.codec import PatchVQConfig, load_codec, pictures
+from couturier.components.generator.tokenise import Config, run
 from couturier.components.lineage.stages import StageContext
 from couturier.components.lineage.workspace import Workspace
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from couturier.components.data.formats import Catalogue
 from couturier.components.errors import ConfigError, LineageError
-from couturier.components.generator.codec import PatchVQ, PatchVQConfig, load_codec, psnr_db
-from couturier.components.generator.tokenise import Config, load_eyes, one_cycle, pictures, run
+from couturier.components.generator.codec import PatchVQ, PatchVQConfig, load_codec, pictures, psnr_db
+from couturier.components.generator.tokenise import Config, load_eyes, one_cycle, run
 from couturier.components.lineage.stages import Silent, StageContext
 from couturier.components.lineage.workspace import Workspace
 

@@ -12,7 +12,7 @@ from transformers import Emu3ForConditionalGeneration
 
 from couturier.components.data.formats import Catalogue
 from couturier.components.errors import ConfigError
-from couturier.components.generator.codec import load_codec
+from couturier.components.generator.codec import load_codec, pictures
 from couturier.components.generator.emu3 import (
     END,
     END_OF_FRAME,
@@ -26,7 +26,7 @@ from couturier.components.generator.janus import GeneratorConfig
 from couturier.components.generator.memory import Work, estimate, shape_of
 from couturier.components.generator.prompt import SPECIAL
 from couturier.components.generator.published import check_settings
-from couturier.components.generator.tokenise import pictures, published_codec
+from couturier.components.generator.tokenise import published_codec
 from couturier.components.generator.types import load_generator
 
 from .published import CODEBOOK, publish_emu3
